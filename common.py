@@ -1,0 +1,57 @@
+"""What every script shares: how a user's mistake ends a program, and how a file is replaced whole."""
+
+import argparse
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """A mistake of the user's: one line that says what was wrong, with which value, and what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, like every other mistake."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the options)")
+
+
+def run(main):
+    """Call main() and exit: 0 done, 1 a failure of the run itself, 2 a mistake of the user's (one line on stderr)."""
+    try:
+        main()
+        sys.stdout.flush()
+    except (UserError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        if os.environ.get("RANK", "0") == "0":  # one line under torchrun too
+            print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of our output left, as in `sample.py ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@contextmanager
+def replacing(path):
+    """Yield a temporary path beside `path`; when the block ends well it becomes `path`, otherwise it is removed."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def refuse_existing(path, overwrite):
+    """Raise UserError if `path` exists and may not be overwritten."""
+    if Path(path).exists() and not overwrite:
+        raise UserError(f"{path} exists already: give --overwrite to replace it, or another place")

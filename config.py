@@ -1,0 +1,127 @@
+"""The settings of train.py: a line each with its meaning, read from a TOML file and overridden by --key=value."""
+
+import math
+import tomllib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from common import Parser, UserError
+
+POSITIVE = (lambda value: value > 0, "positive")
+NOT_NEGATIVE = (lambda value: value >= 0, "0 or more")
+FRACTION = (lambda value: 0 <= value < 1, "at least 0 and below 1")
+
+
+def one_of(*choices):
+    return (lambda value: value in choices, "one of " + ", ".join(choices))
+
+
+def setting(default, meaning, rule=None):
+    return field(default=default, metadata={"meaning": meaning, "rule": rule})
+
+
+@dataclass
+class Settings:
+    # what is read and written
+    data_dir: str = setting("data/python_docs", "prepared corpus: the folder of its train.bin, val.bin, meta.json")
+    laplacian: str = setting("", "Laplacian file (default: laplacian.parquet in data_dir); attention = \"dot\" uses none")
+    out_dir: str = setting("", "folder for checkpoints and metrics.jsonl (default: out/NAME of the config)")
+    init_from: str = setting("scratch", "scratch; resume: go on with the run in out_dir; or another run's folder, "
+                                        "whose weights, model and Laplacian to start from")
+    overwrite: bool = setting(False, "replace the run that out_dir holds")
+    # model
+    attention: str = setting("tau", "tau, or its twin that scores by dot product: dot", one_of("tau", "dot"))
+    block_size: int = setting(1024, "context, tokens", POSITIVE)
+    n_layer: int = setting(6, "blocks", POSITIVE)
+    n_head: int = setting(6, "heads of queries", POSITIVE)
+    n_kv_head: int = setting(0, "heads of keys and values, a divisor of n_head (0: n_head)", NOT_NEGATIVE)
+    n_embd: int = setting(384, "width", POSITIVE)
+    dropout: float = setting(0.0, "on embeddings and on what attention and MLP add; for small corpora", FRACTION)
+    temperature: float = setting(1.0, "of the tau logits -|lambda_q - lambda_k| / temperature", POSITIVE)
+    softcap: float = setting(15.0, "logits are softcap * tanh(logits / softcap); 0: as they are", NOT_NEGATIVE)
+    tau_mode: str = setting("fixed", "fixed: tau is the median energy of block 0's keys on one batch at the start",
+                            one_of("fixed"))
+    # a step
+    max_steps: int = setting(5000, "optimiser steps of the whole run", NOT_NEGATIVE)
+    batch_size: int = setting(16, "sequences in memory at once, on each device", POSITIVE)
+    grad_accum_steps: int = setting(8, "such batches a step, all devices together", POSITIVE)
+    learning_rate: float = setting(5e-4, "after the warm-up", POSITIVE)
+    warmup_steps: int = setting(100, "steps of linear warm-up", NOT_NEGATIVE)
+    lr_schedule: str = setting("constant", "constant; cosine: down to min_lr at lr_decay_steps; "
+                               "plateau: halved, five times at most, when validation no longer improves",
+                               one_of("constant", "cosine", "plateau"))
+    min_lr: float = setting(5e-5, "end of the cosine", NOT_NEGATIVE)
+    lr_decay_steps: int = setting(5000, "step of the cosine's end", POSITIVE)
+    plateau_patience: int = setting(3, "validations without a new best before the plateau rule halves", POSITIVE)
+    weight_decay: float = setting(0.1, "AdamW, on matrices only", NOT_NEGATIVE)
+    beta1: float = setting(0.9, "AdamW", FRACTION)
+    beta2: float = setting(0.95, "AdamW", FRACTION)
+    grad_clip: float = setting(1.0, "greatest norm of the gradient (0: no limit)", NOT_NEGATIVE)
+    # what is logged, and when
+    eval_interval: int = setting(100, "steps between validations", POSITIVE)
+    eval_iters: int = setting(20, "batches of a validation, spread evenly over val.bin, the same each time", POSITIVE)
+    eval_only: bool = setting(False, "validate the model of init_from, print it, write nothing")
+    log_interval: int = setting(10, "steps between lines of the training loss", POSITIVE)
+    checkpoint_interval: int = setting(500, "steps between checkpoints to resume from", POSITIVE)
+    wandb_log: bool = setting(False, "send the metrics to Weights & Biases too")
+    wandb_project: str = setting("tauformer", "its project")
+    wandb_run_name: str = setting("", "its name for this run (default: the name of out_dir)")
+    # machine
+    seed: int = setting(1337, "of weights, batches and dropout", NOT_NEGATIVE)
+    device: str = setting("auto", "auto: cuda, else mps, else cpu; or one of them by name, such as cuda:1")
+    dtype: str = setting("auto", "auto: bfloat16 (autocast) where a CUDA device has it, else float32",
+                         one_of("auto", "float32", "bfloat16"))
+    compile: bool = setting(False, "torch.compile the model")
+
+
+def checked(name, value, kind, source):
+    """The value of a setting, an int taken as a float where one is due. Raises UserError for a wrong type or value."""
+    rule = Settings.__dataclass_fields__[name].metadata["rule"]
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise UserError(f"{source}: {name} = {value!r} must be {kind.__name__}, not {type(value).__name__}")
+    if kind is float and not math.isfinite(value) or rule and not rule[0](value):
+        raise UserError(f"{source}: {name} = {value!r} must be {rule[1] if rule else 'finite'}")
+    return value
+
+
+def from_text(text, name, kind):
+    """The value that --name=text means."""
+    try:
+        if kind is bool:
+            return {"True": True, "False": False}[text]
+        return kind(text)
+    except (KeyError, ValueError):
+        raise UserError(f"--{name}={text} must be {'True or False' if kind is bool else kind.__name__}") from None
+
+
+def parse(description):
+    """(settings, given) of the command line: the Settings, and the names of those set in the file or by --key=value.
+    Raises UserError for an unknown key, a wrong type or a value that makes no sense."""
+    kinds = {f.name: f.type for f in fields(Settings)}
+    parser = Parser(description)
+    parser.add_argument("config", type=Path, metavar="CONFIG.toml", help="file of settings; --key=value goes before it")
+    for f in fields(Settings):
+        default = "" if f.default == "" else f" [{f.default}]"
+        parser.add_argument(f"--{f.name}", metavar=f.type.__name__.upper(), help=f.metadata["meaning"] + default)
+    args = vars(parser.parse_args())
+    path = args.pop("config")
+    try:
+        values = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a TOML file: {error}") from None
+    for name in values:
+        if name not in kinds:
+            raise UserError(f"{path}: unknown setting {name!r} (train.py --help lists them)")
+    given = {name: checked(name, value, kinds[name], path) for name, value in values.items()}
+    given |= {name: checked(name, from_text(text, name, kinds[name]), kinds[name], "command line")
+              for name, text in args.items() if text is not None}
+    settings = Settings(**given)
+    settings.out_dir = settings.out_dir or f"out/{path.stem}"
+    settings.laplacian = settings.laplacian or f"{settings.data_dir}/laplacian.parquet"
+    if settings.lr_schedule == "cosine" and settings.min_lr > settings.learning_rate:
+        raise UserError(f"min_lr = {settings.min_lr} is above learning_rate = {settings.learning_rate}")
+    if settings.lr_schedule == "cosine" and settings.lr_decay_steps <= settings.warmup_steps:
+        raise UserError(f"lr_decay_steps = {settings.lr_decay_steps} must be past warmup_steps = {settings.warmup_steps}")
+    return settings, set(given)

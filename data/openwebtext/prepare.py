@@ -1,0 +1,42 @@
+"""OpenWebText in GPT-2's vocabulary -> train.bin, val.bin, tokenizer.json, meta.json.
+
+Without FILE the text is loaded through `datasets` (54 GB in its cache, 17 GB of train.bin); FILE is parquet or JSONL
+with a "text" in every row."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from common import UserError, run
+from data import corpus
+
+DATASET = "Skylion007/openwebtext"
+
+
+def parquet_texts(path):
+    import pyarrow
+    import pyarrow.parquet
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(columns=["text"]):
+            yield from batch["text"].to_pylist()
+    except (pyarrow.ArrowException, KeyError) as error:
+        raise UserError(f"{path} is not a parquet file with a column of texts: {error}") from None
+
+
+def main():
+    options = corpus.parser(__doc__, Path(__file__).parent)
+    options.set_defaults(tokenizer="gpt2", val_fraction=0.0005)
+    options.add_argument("file", nargs="?", type=Path, metavar="FILE", help="the texts, if you have them")
+    args = options.parse_args()
+    if args.file is None:
+        dataset = corpus.hub_dataset(DATASET)["train"]
+        texts = lambda: (row["text"] for row in dataset)
+    elif args.file.suffix == ".parquet":
+        texts = lambda: parquet_texts(args.file)
+    else:
+        texts = lambda: corpus.read_jsonl([args.file])
+    corpus.prepare(texts, args.file or DATASET, args)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,29 @@
+"""Tiny Shakespeare, one document of 65 characters, as nanoGPT has it -> train.bin, val.bin, tokenizer.json, meta.json.
+
+Without FILE the text is loaded through `datasets`. No end token; the last 10 % is validation."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from common import run
+from data import corpus
+
+DATASET = "karpathy/tiny_shakespeare"
+
+
+def main():
+    options = corpus.parser(__doc__, Path(__file__).parent)
+    options.set_defaults(tokenizer="char", val_fraction=0.1)
+    options.add_argument("file", nargs="?", type=Path, metavar="FILE", help="the text, if you have it")
+    args = options.parse_args()
+    if args.file:
+        text = corpus.read_text(args.file)
+    else:
+        splits = corpus.hub_dataset(DATASET)
+        text = "".join("".join(splits[name]["text"]) for name in ("train", "validation", "test"))
+    corpus.prepare(lambda: [text] if text else [], args.file or DATASET, args, one_document=True)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,111 @@
+"""Text <-> tokens. Two kinds, each one plain JSON object that is all it takes to decode:
+
+    {"kind": "bpe", "pattern": regex, "tokens": [...], "end_token": id}     byte-level BPE, run by tiktoken
+    {"kind": "char", "tokens": [...], "end_token": id or null}              one token a character
+
+In "bpe" a token's bytes are written as the Latin-1 characters of the same numbers; the list's order is the merge
+order, null a number that the vocabulary leaves out. The end token closes every document; a corpus that is one running
+text of characters has none.
+"""
+
+import os
+
+import tiktoken
+
+from common import UserError
+
+END_TEXT = "<|endoftext|>"  # how the end token is shown; in a text to encode these characters are plain text
+
+
+class BPE:
+    kind = "bpe"
+
+    def __init__(self, pattern, tokens, end_token):
+        self.pattern, self.tokens, self.end_token = pattern, tokens, end_token
+        self.vocab_size = max(len(tokens), end_token + 1)
+        self.bytes_of = {i: token.encode("latin-1") for i, token in enumerate(tokens) if token is not None}
+        ranks = {token: i for i, token in self.bytes_of.items()}
+        self.bytes_of[end_token] = END_TEXT.encode()
+        self.encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks,
+                                          special_tokens={END_TEXT: end_token})
+
+    @classmethod
+    def train(cls, texts, vocab_size):
+        """Byte-level BPE trained on an iterator of texts; the end token is the last of the vocab_size tokens.
+        A corpus too small for vocab_size - 257 merges gives a smaller vocabulary."""
+        import rustbpe
+        trainer = rustbpe.Tokenizer()
+        trainer.train_from_iterator(texts, vocab_size=vocab_size - 1)
+        ranks = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
+        return cls(trainer.get_pattern(), [bytes(token).decode("latin-1") for token, _ in ranks], len(ranks))
+
+    @classmethod
+    def named(cls, name):
+        """A vocabulary tiktoken knows by name, such as "gpt2" (its first use downloads it)."""
+        if name not in tiktoken.list_encoding_names():
+            raise UserError(f"unknown tokenizer {name!r}: bpe, char, a tokenizer.json, an output folder, "
+                            f"or one of {', '.join(tiktoken.list_encoding_names())}")
+        try:
+            encoding = tiktoken.get_encoding(name)
+        except Exception as error:
+            raise UserError(f"tokenizer {name!r} could not be downloaded ({type(error).__name__}): "
+                            "use --tokenizer=bpe, which needs no network") from None
+        tokens = [None] * (max(encoding._mergeable_ranks.values()) + 1)
+        for token, rank in encoding._mergeable_ranks.items():
+            tokens[rank] = token.decode("latin-1")
+        return cls(encoding._pat_str, tokens, encoding.eot_token)
+
+    def encode(self, text):
+        return self.encoding.encode_ordinary(text)
+
+    def encode_batch(self, texts):
+        return self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+
+    def decode_bytes(self, tokens):
+        return b"".join(self.bytes_of.get(token, b"") for token in tokens)
+
+    def to_json(self):
+        return {"kind": "bpe", "pattern": self.pattern, "tokens": self.tokens, "end_token": self.end_token}
+
+
+class Characters:
+    kind = "char"
+
+    def __init__(self, tokens, end_token):
+        self.tokens, self.end_token = tokens, end_token
+        self.vocab_size = len(tokens) + (end_token is not None)
+        self.id_of = {token: i for i, token in enumerate(tokens)}
+
+    @classmethod
+    def train(cls, texts, end_token=True):
+        """One token for each character of the texts, in order of code point; the end token, if any, comes last."""
+        characters = set()
+        for text in texts:
+            characters.update(text)
+        return cls(sorted(characters), len(characters) if end_token else None)
+
+    def encode(self, text):
+        try:
+            return [self.id_of[character] for character in text]
+        except KeyError as error:
+            raise UserError(f"character {error.args[0]!r} is not among the {len(self.tokens)} of the training text: "
+                            "leave it out") from None
+
+    def encode_batch(self, texts):
+        return [self.encode(text) for text in texts]
+
+    def decode_bytes(self, tokens):
+        return "".join(END_TEXT if token == self.end_token else self.tokens[token] for token in tokens).encode()
+
+    def to_json(self):
+        return {"kind": "char", "tokens": self.tokens, "end_token": self.end_token}
+
+
+def from_json(fields):
+    """The tokenizer that to_json() described."""
+    try:
+        if fields["kind"] == "char":
+            return Characters(fields["tokens"], fields["end_token"])
+        return BPE(fields["pattern"], fields["tokens"], fields["end_token"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"broken tokenizer description ({type(error).__name__}: {error})") from None
