@@ -55,3 +55,16 @@ def refuse_existing(path, overwrite):
     """Raise UserError if `path` exists and may not be overwritten."""
     if Path(path).exists() and not overwrite:
         raise UserError(f"{path} exists already: give --overwrite to replace it, or another place")
+
+
+def choose_device(name, local_rank=0):
+    """The torch.device called `name`; "auto" is cuda, else mps, else cpu. Raises UserError if it cannot be used."""
+    import torch  # here, because the scripts that only prepare data do without
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import checkpoint
 from build_laplacian import load_laplacian
-from common import UserError, replacing, run
+from common import UserError, choose_device, replacing, run
 from config import parse
 from data.corpus import Corpus
 from model import ModelConfig, Tauformer
@@ -32,17 +32,6 @@ PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "
               "4090": 165e12, "3090": 71e12}  # dense bfloat16, by a part of the device's name
 LOWEST_SCALE = 0.03125  # of the plateau rule: 5 halvings, the published run's last
 REPLACED = ("metrics.jsonl", "last.safetensors", "best.safetensors")
-
-
-def choose_device(name, local_rank):
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device = {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
-    return device
 
 
 def choose_dtype(name, device):

@@ -7,6 +7,7 @@ feature columns are orthogonal, and no feature has neighbours. Any other --model
 name or by path; all-MiniLM-L6-v2 is the published run's."""
 
 import sys
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -67,15 +68,18 @@ def main():
     options.add_argument("data_dir", type=Path, metavar="DATA_DIR", help="a prepared corpus")
     options.add_argument("--model", default="lsa", help="lsa (default), or a sentence-transformers model")
     options.add_argument("--dim", type=int, help="features F of lsa (default: 384)")
+    options.add_argument("--documents", type=int, help="only the first so many; lsa holds its words in memory, about "
+                                                       "2 KB a document (default: all)")
     options.add_argument("--seed", type=int, default=0, help="of the randomised SVD (default: %(default)s)")
     options.add_argument("--overwrite", action="store_true", help="replace embeddings that are there already")
     args = options.parse_args()
-    if args.dim is not None and args.dim < 1:
-        raise UserError(f"--dim={args.dim} must be positive")
+    for name in ("dim", "documents"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name}={getattr(args, name)} must be positive")
     out = args.data_dir / "embeddings.npy"
     corpus = Corpus(args.data_dir)
     refuse_existing(out, args.overwrite)
-    texts = corpus.documents("train")
+    texts = islice(corpus.documents("train"), args.documents)
     embeddings = lsa(texts, args.dim or 384, args.seed) if args.model == "lsa" \
         else sentence_model(texts, args.model, args.dim)
     with replacing(out) as temporary, open(temporary, "wb") as file:

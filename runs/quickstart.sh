@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# The main job on a small scale: from text to a trained Tauformer and a sample, in about five minutes on two CPU cores.
+# No network is needed once the packages are installed. What exists is used again; a training that was interrupted goes
+# on. Options are handed on to train.py: bash runs/quickstart.sh --max_steps=100
+. "$(dirname "$0")/setup.sh"
+
+data=data/python_docs
+out=out/quickstart
+
+[ -f $data/meta.json ] || show python data/python_docs/prepare.py --vocab_size=2048 --val_fraction=0.05
+[ -f $data/embeddings.npy ] || show python data/embed.py $data --dim=128
+[ -f $data/laplacian.parquet ] || show python build_laplacian.py $data/embeddings.npy --out=$data/laplacian.parquet
+
+if [ -f $out/last.safetensors ]; then
+    show python train.py configs/quickstart.toml --init_from=resume "$@"
+else
+    show python train.py configs/quickstart.toml --overwrite=True "$@"
+fi
+
+show python plot.py $out --overwrite
+show python sample.py $out --prompt="Return the " --max_new_tokens=120
+printf '\n\nlosses, energies and Laplacian: %s/figure.png\n' "$out"

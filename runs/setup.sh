@@ -1,0 +1,15 @@
+# Sourced by the other scripts: goes to the repository's root, makes .venv once, and installs requirements.txt in it.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=${PYTHON:-python3}
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    { echo "$python is older than Python 3.11: set PYTHON to a newer one" >&2; exit 2; }
+[ -f .venv/bin/activate ] || "$python" -m venv .venv
+. .venv/bin/activate
+echo "installing requirements.txt into .venv ..."
+pip install --quiet --disable-pip-version-check --requirement requirements.txt
+
+show() {  # a command, and then what it does
+    printf '\n$ %s\n' "$*"
+    "$@"
+}

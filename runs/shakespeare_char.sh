@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# tau against its dot-product twin on Tiny Shakespeare characters, nanoGPT's CPU recipe: about six minutes on two cores.
+# Give the text's file, or none to load it through `datasets`. The losses go to results/.
+. "$(dirname "$0")/setup.sh"
+
+data=data/shakespeare_char
+[ -f $data/meta.json ] || show python data/shakespeare_char/prepare.py "$@"
+[ -f $data/laplacian.parquet ] || show python build_laplacian.py --graph=chain --dim=32 --out=$data/laplacian.parquet
+
+for attention in tau dot; do
+    show python train.py configs/shakespeare_char_$attention.toml --overwrite=True
+    cp out/shakespeare_char_$attention/metrics.jsonl results/shakespeare_char_$attention.jsonl
+done
+show python plot.py out/shakespeare_char_tau out/shakespeare_char_dot --out=results/shakespeare_char.png --overwrite

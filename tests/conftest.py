@@ -1,0 +1,80 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ["TQDM_DISABLE"] = "1"  # an error must be the only line on standard error
+
+
+def run_script(name, *args, cwd, stdin=None, env=None):
+    """A script of the project as a user runs it, from another folder."""
+    return subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], cwd=cwd, input=stdin,
+                          capture_output=True, text=True, timeout=300, env={**os.environ, **(env or {})})
+
+
+def ok(name, *args, cwd, **more):
+    done = run_script(name, *args, cwd=cwd, **more)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def fails(name, *args, cwd, **more):
+    """The one line on standard error of a script that ends with exit code 2."""
+    done = run_script(name, *args, cwd=cwd, **more)
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    return done.stderr
+
+
+def shared_data(name):
+    """A file of the folder that TAUFORMER_DATA names; skips the test where it is not set."""
+    if "TAUFORMER_DATA" not in os.environ:
+        pytest.skip("TAUFORMER_DATA is not set: it names a folder of real text and embeddings")
+    return Path(os.environ["TAUFORMER_DATA"]).resolve() / name
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(records):
+    return [{key: value for key, value in record.items() if key not in ("tokens_per_s", "elapsed_s", "peak_mem_mb")}
+            for record in records]
+
+
+CONFIG = """
+data_dir = "docs"
+n_layer = 2
+n_head = 4
+n_kv_head = 2
+n_embd = 32
+block_size = 32
+dropout = 0.1
+batch_size = 4
+grad_accum_steps = 2
+max_steps = 20
+learning_rate = 3e-3
+warmup_steps = 5
+eval_interval = 5
+eval_iters = 4
+log_interval = 2
+checkpoint_interval = 10
+"""
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory):
+    """A folder as a user has it after the first steps: docs/ with corpus, embeddings and Laplacian, small.toml, and
+    out/small, the run of it. Tests write only to folders of their own."""
+    work = tmp_path_factory.mktemp("work")
+    ok("data/python_docs/prepare.py", "--out_dir=docs", "--vocab_size=300", cwd=work)
+    ok("data/embed.py", "docs", "--dim=32", cwd=work)
+    ok("build_laplacian.py", "docs/embeddings.npy", "--out=docs/laplacian.parquet", cwd=work)
+    (work / "small.toml").write_text(CONFIG)
+    ok("train.py", "small.toml", cwd=work)
+    return work

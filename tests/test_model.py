@@ -1,0 +1,180 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from common import UserError
+from model import (Cache, ChunkedLoss, ModelConfig, Tauformer, bounded, dot_attention, energy, head_laplacians,
+                   kron_reduction)
+
+
+def random_laplacian(F, density=0.5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.rand(F, F, generator=generator, dtype=torch.float64).triu(1)
+    weights *= torch.rand(F, F, generator=generator) < density
+    weights += torch.diag(torch.ones(F - 1), 1)  # a path: connected
+    weights = weights + weights.T
+    return torch.diag(weights.sum(1)) - weights
+
+
+def small(**changes):
+    torch.manual_seed(0)
+    config = ModelConfig(**{"block_size": 24, "vocab_size": 50, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32}
+                         | changes)
+    model = Tauformer(config, random_laplacian(32) if config.attention == "tau" else None)
+    for weight in model.parameters():  # larger than at the start, so that attention and mask matter
+        torch.nn.init.normal_(weight, std=0.3)
+    return model.eval()
+
+
+def tokens(B=2, T=24, vocab_size=50):
+    return torch.randint(vocab_size, (B, T), generator=torch.Generator().manual_seed(1))
+
+
+def test_identity_laplacian_gives_lambda_one_half():
+    x = torch.randn(2, 5, 3, 8)
+    lam = bounded(energy(x, torch.eye(8).expand(3, 8, 8)), tau=1.0)
+    torch.testing.assert_close(lam, torch.full((2, 5, 3), 0.5))
+
+
+def test_zero_laplacian_gives_uniform_causal_averaging():
+    torch.manual_seed(0)
+    config = ModelConfig(block_size=6, vocab_size=20, n_layer=1, n_head=2, n_embd=8)
+    model = Tauformer(config, torch.zeros(4, 4))
+    x, attention = torch.randn(1, 6, 8), model.blocks[0].attention
+    out = attention(x, model.rotary(0, 6), model.laplacian, model.tau, None)
+    means = attention.value(x).cumsum(1) / torch.arange(1, 7)[:, None]
+    torch.testing.assert_close(out, attention.out(means))
+
+
+def test_constant_vector_has_no_energy_and_scale_does_not_matter():
+    L = random_laplacian(8).float().expand(1, 8, 8)
+    assert energy(torch.full((1, 1, 1, 8), 3.0), L).item() == pytest.approx(0, abs=1e-5)
+    x = torch.randn(4, 5, 1, 8)
+    torch.testing.assert_close(bounded(energy(10 * x, L), 2.0), bounded(energy(x, L), 2.0))
+    lam = bounded(energy(x, L), 2.0)
+    assert (lam >= 0).all() and (lam < 1).all()
+
+
+def test_energy_is_the_rayleigh_quotient():
+    L, x = random_laplacian(8), torch.randn(8, dtype=torch.float64)
+    expected = (x @ L @ x) / (x @ x + 1e-6)
+    torch.testing.assert_close(energy(x.view(1, 1, 1, 8), L.view(1, 8, 8)).item(), expected.item())
+
+
+@pytest.mark.parametrize("attention", ["tau", "dot"])
+def test_causal(attention):
+    model, idx = small(attention=attention), tokens()
+    before = model(idx)
+    for t in (0, 7, 23):
+        changed = idx.clone()
+        changed[:, t] = (changed[:, t] + 1) % 50
+        after = model(changed)
+        assert torch.equal(before[:, :t], after[:, :t])
+        assert not torch.isclose(before[:, t:], after[:, t:]).all()
+
+
+@pytest.mark.parametrize("attention", ["tau", "dot"])
+def test_grouped_heads_equal_expanded_ones(attention):
+    grouped, expanded = small(attention=attention), small(attention=attention, n_kv_head=4)
+    weights = grouped.state_dict()
+    for name, weight in weights.items():
+        if name.endswith(("key.weight", "value.weight")):
+            weights[name] = weight.view(2, 8, 32).repeat_interleave(2, 0).reshape(32, 32)
+    expanded.load_state_dict(weights)
+    if attention == "tau":
+        expanded.laplacian = grouped.laplacian.repeat_interleave(2, 0)
+    torch.testing.assert_close(grouped(tokens()), expanded(tokens()))
+
+
+@pytest.mark.parametrize("attention", ["tau", "dot"])
+def test_cache_equals_no_cache(attention):
+    model, idx = small(attention=attention), tokens()
+    cache = Cache(model.config, 2, "cpu")
+    with torch.no_grad():
+        pieces = [model(idx[:, start:stop], cache=cache) for start, stop in ((0, 9), (9, 12), *zip(range(12, 24), range(13, 25)))]
+        torch.testing.assert_close(torch.cat(pieces, 1), model(idx), atol=1e-5, rtol=1e-4)
+        with pytest.raises(ValueError):
+            model(idx[:, :1], cache=cache)
+
+
+def test_cache_of_tau_is_half_as_large():
+    sizes = {attention: sum(t.numel() for t in (cache.keys, cache.values)) for attention in ("tau", "dot")
+             for cache in [Cache(ModelConfig(attention=attention), 1, "cpu")]}
+    assert 1 - sizes["tau"] / sizes["dot"] == pytest.approx(0.492, abs=1e-3)
+
+
+def test_dot_twin_is_scaled_dot_product():
+    q, k, v = torch.randn(3, 2, 4, 6, 8)
+    logits = 1.2 * q @ k.transpose(-1, -2) / math.sqrt(8)
+    expected = logits.masked_fill(torch.ones(6, 6, dtype=torch.bool).triu(1), -math.inf).softmax(-1) @ v
+    torch.testing.assert_close(dot_attention(q, k, v), expected)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 15.0])
+@pytest.mark.parametrize("N", [1, 700, 5000])
+def test_chunked_loss(softcap, N):
+    torch.manual_seed(0)
+    x, weight = torch.randn(N, 16, requires_grad=True), torch.randn(90, 16, requires_grad=True)
+    targets = torch.randint(90, (N,))
+    z = x @ weight.T
+    expected = F.cross_entropy(softcap * torch.tanh(z / softcap) if softcap else z, targets)
+    loss = ChunkedLoss.apply(x, weight, targets, softcap, True)
+    torch.testing.assert_close(loss, expected)
+    for ours, theirs in zip(torch.autograd.grad(3 * loss, (x, weight)), torch.autograd.grad(3 * expected, (x, weight))):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+
+
+def test_loss_is_that_of_the_logits():
+    model, idx = small(), tokens(T=24)
+    targets = tokens(T=24).roll(1, 1)
+    torch.testing.assert_close(model(idx, targets), F.cross_entropy(model(idx).flatten(0, 1), targets.flatten()))
+
+
+def test_published_size_and_first_loss():
+    torch.manual_seed(0)
+    model = Tauformer(ModelConfig(), random_laplacian(384, density=0.05))
+    assert model.parameter_count() == 34_057_728
+    idx = tokens(1, 129, 30522)
+    assert model(idx[:, :-1], idx[:, 1:]).item() == pytest.approx(math.log(30522), abs=0.3)
+    model.calibrate_tau(idx)
+    assert model.tau == model.key_energies(idx).median() > 0
+
+
+def test_kron_reduction_keeps_the_network():
+    L, keep = random_laplacian(12, seed=3), slice(4, 8)
+    reduced = kron_reduction(L, keep)
+    torch.testing.assert_close(reduced, reduced.T)
+    torch.testing.assert_close(reduced.sum(1), torch.zeros(4, dtype=torch.float64), atol=1e-10, rtol=0)
+    assert torch.linalg.eigvalsh(reduced)[0] > -1e-10 and torch.linalg.eigvalsh(reduced)[1] > 1e-6
+    whole, part = torch.linalg.pinv(L), torch.linalg.pinv(reduced)
+    for i in range(4):
+        for j in range(4):  # effective resistances
+            a, b = 4 + i, 4 + j
+            torch.testing.assert_close(whole[a, a] + whole[b, b] - 2 * whole[a, b],
+                                       part[i, i] + part[j, j] - 2 * part[i, j])
+
+
+def test_heads_share_the_laplacian_of_the_first_query_head():
+    L, config = random_laplacian(32), ModelConfig(n_head=4, n_kv_head=2, n_embd=32)
+    heads = head_laplacians(L, config)
+    assert heads.shape == (2, 8, 8)
+    torch.testing.assert_close(heads[1], kron_reduction(L, slice(16, 24)).float())
+
+
+def test_laplacian_that_fits_nothing():
+    with pytest.raises(UserError, match=r"F=9 .*head size, 8.*n_embd, 32.*--dim=32"):
+        Tauformer(ModelConfig(n_head=4, n_embd=32), random_laplacian(9))
+
+
+@pytest.mark.parametrize("wrong", [dict(n_head=5), dict(n_head=4, n_kv_head=3), dict(n_head=128), dict(attention="flash")])
+def test_config_refusals(wrong):
+    with pytest.raises(UserError):
+        ModelConfig(**wrong)
+
+
+def test_compiled_model_gives_the_same_loss():
+    model, idx = small(), tokens()
+    expected = model(idx, idx)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True)(idx, idx), expected)
