@@ -230,7 +230,7 @@ def main():
         return record
 
     def shown(record):
-        return (f"step {record['step']:>5}: validation loss {record['loss']:.4f}, perplexity {record['perplexity']:.1f}, "
+        return (f"validation loss {record['loss']:.4f}, perplexity {record['perplexity']:.1f}, "
                 f"bits per byte {record['bits_per_byte']:.3f}")
 
     if settings.eval_only:
@@ -245,6 +245,9 @@ def main():
 
     if master:
         out_dir.mkdir(parents=True, exist_ok=True)
+        wandb_log = wandb_run(settings, state) if settings.wandb_log else None
+        if wandb_log is not None:
+            state["wandb_id"] = wandb_log.id
         if resume:
             rewind(metrics_path, state["step"])
         else:
@@ -253,9 +256,6 @@ def main():
         print(f"{out_dir}: {raw_model.parameter_count() / 1e6:.2f} M parameters, attention = {raw_model.config.attention}"
               + (f", tau = {raw_model.tau.item():.4g}" if raw_model.tau is not None else "")
               + f", {tokens_per_step:,} tokens a step, on {world} x {device.type}, {str(dtype).removeprefix('torch.')}")
-        wandb_log = wandb_run(settings, state) if settings.wandb_log else None
-        if wandb_log is not None:
-            state["wandb_id"] = wandb_log.id
     progress = tqdm(total=settings.max_steps, initial=state["step"], unit=" steps", disable=None if master else True,
                     dynamic_ncols=True)
     begin = time.perf_counter() - state["elapsed_s"]
@@ -281,7 +281,7 @@ def main():
         """Validate, log, keep the best, and apply the plateau rule."""
         record = validation_record()
         log(record)
-        progress.write(shown(record))
+        progress.write(f"step {state['step']:>5}: {shown(record)}")
         if record["loss"] < state["best_loss"]:
             state["best_loss"], state["stale"] = record["loss"], 0
             if state["step"] > 0:

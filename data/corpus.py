@@ -4,6 +4,7 @@ tokenizer.json turns them back into text, and meta.json says what they are. prep
 import hashlib
 import json
 import math
+import os
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -253,10 +254,11 @@ def read_text(path):
         raise UserError(f"{path} is not UTF-8 text: {error}") from None
 
 
-def hub_dataset(name):
+def hub_dataset(name, revision):
     """The splits of a data set of the Hugging Face hub, through its cache."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are not the user's concern
     import datasets
     try:
-        return datasets.load_dataset(name)
+        return datasets.load_dataset(name, revision=revision)
     except Exception as error:  # the library has no common base for "no network" and "no such data set"
         raise UserError(f"data set {name!r} could not be loaded ({type(error).__name__}): give a local FILE") from None

@@ -6,6 +6,7 @@ The turn changes no distance between documents, but a graph of features needs it
 feature columns are orthogonal, and no feature has neighbours. Any other --model is a sentence-transformers model, by
 name or by path; all-MiniLM-L6-v2 is the published run's."""
 
+import os
 import sys
 from itertools import islice
 from pathlib import Path
@@ -47,6 +48,7 @@ def varimax(loadings):
 
 def sentence_model(texts, name, dim):
     """(N, F) float32 of unit length, F the model's own."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are not the user's concern
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
@@ -57,9 +59,10 @@ def sentence_model(texts, name, dim):
     except Exception as error:  # whatever the hub's client raises without a network
         raise UserError(f"model {name!r} could not be loaded ({type(error).__name__}): give the path of a "
                         "downloaded one, or take --model=lsa") from None
-    if dim not in (None, model.get_sentence_embedding_dimension()):
-        raise UserError(f"--dim={dim}: {name} makes {model.get_sentence_embedding_dimension()} features; "
-                        "leave --dim out here and give it to build_laplacian.py")
+    F = len(model.encode(""))
+    if dim not in (None, F):
+        raise UserError(f"--dim={dim}: {name} makes {F} features; leave --dim out here and give it to "
+                        "build_laplacian.py")
     return model.encode(list(texts), normalize_embeddings=True, show_progress_bar=True).astype(np.float32)
 
 

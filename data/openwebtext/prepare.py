@@ -11,6 +11,7 @@ from common import UserError, run
 from data import corpus
 
 DATASET = "Skylion007/openwebtext"
+REVISION = "refs/pr/22"  # the same in parquet: its main branch was a script, which `datasets` no longer runs
 
 
 def parquet_texts(path):
@@ -29,7 +30,7 @@ def main():
     options.add_argument("file", nargs="?", type=Path, metavar="FILE", help="the texts, if you have them")
     args = options.parse_args()
     if args.file is None:
-        dataset = corpus.hub_dataset(DATASET)["train"]
+        dataset = corpus.hub_dataset(DATASET, REVISION)["train"]
         texts = lambda: (row["text"] for row in dataset)
     elif args.file.suffix == ".parquet":
         texts = lambda: parquet_texts(args.file)

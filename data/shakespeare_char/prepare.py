@@ -10,6 +10,7 @@ from common import run
 from data import corpus
 
 DATASET = "karpathy/tiny_shakespeare"
+REVISION = "refs/convert/parquet"  # its main branch is a script, which `datasets` no longer runs
 
 
 def main():
@@ -20,7 +21,7 @@ def main():
     if args.file:
         text = corpus.read_text(args.file)
     else:
-        splits = corpus.hub_dataset(DATASET)
+        splits = corpus.hub_dataset(DATASET, REVISION)
         text = "".join("".join(splits[name]["text"]) for name in ("train", "validation", "test"))
     corpus.prepare(lambda: [text] if text else [], args.file or DATASET, args, one_document=True)
 
