@@ -12,8 +12,8 @@ def tau_attention(lambda_q, lambda_k, v, temperature, log_decay=None, key_bias=N
 
     (Topological Transformer, 2026, section "taumode attention"; the last two terms are zero in the published form.)
 
-    lambda_q     (B, H, Tq)        energies of the queries. They are the last Tq of the T positions; Tq = T in training
-    lambda_k     (B, Hkv, T)       energies of the keys; H is a multiple of Hkv, query head h reads key head h // (H/Hkv)
+    lambda_q     (B, H, Tq)        bounded energies of the queries, the last Tq of the T positions; Tq = T in training
+    lambda_k     (B, Hkv, T)       of the keys; H is a multiple of Hkv, query head h reads key head h // (H/Hkv)
     v            (B, Hkv, T, D)    values
     temperature  number > 0 or (H,)
     log_decay    (B, H, T) or (H,), <= 0: what a step forward costs

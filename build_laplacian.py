@@ -148,8 +148,8 @@ def check_laplacian(L, what):
 
 
 def save_laplacian(path, L, settings):
-    """Write L (F, F) in coordinate form, float64, to a parquet file with the columns of the author's tool, and settings,
-    a dict, to the JSON beside it."""
+    """Write L (F, F) in coordinate form, float64, to a parquet file with the columns of the author's tool, and
+    settings, a dict, to the JSON beside it."""
     path = Path(path)
     row, col = np.nonzero(L)
     constants = {"name_id": path.stem, "n_rows": len(L), "n_cols": len(L), "nnz": len(row)}

@@ -48,7 +48,7 @@ def read(path):
             header = {key: json.loads(file.metadata()[key]) for key in HEADER}
             return {name: file.get_tensor(name) for name in file.keys()}, header
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged or no checkpoint of this project ({type(error).__name__}: {error})") from None
+        raise UserError(f"{path} is damaged, or no checkpoint of train.py ({type(error).__name__}: {error})") from None
 
 
 def build_model(tensors, header, path, laplacian=None, **changes):

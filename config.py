@@ -24,7 +24,7 @@ def setting(default, meaning, rule=None):
 class Settings:
     # what is read and written
     data_dir: str = setting("data/python_docs", "prepared corpus: the folder of its train.bin, val.bin, meta.json")
-    laplacian: str = setting("", "Laplacian file (default: laplacian.parquet in data_dir); attention = \"dot\" uses none")
+    laplacian: str = setting("", "Laplacian file (default: laplacian.parquet in data_dir); dot attention uses none")
     out_dir: str = setting("", "folder for checkpoints and metrics.jsonl (default: out/NAME of the config)")
     init_from: str = setting("scratch", "scratch; resume: go on with the run in out_dir; or another run's folder, "
                                         "whose weights, model and Laplacian to start from")
@@ -123,5 +123,6 @@ def parse(description):
     if settings.lr_schedule == "cosine" and settings.min_lr > settings.learning_rate:
         raise UserError(f"min_lr = {settings.min_lr} is above learning_rate = {settings.learning_rate}")
     if settings.lr_schedule == "cosine" and settings.lr_decay_steps <= settings.warmup_steps:
-        raise UserError(f"lr_decay_steps = {settings.lr_decay_steps} must be past warmup_steps = {settings.warmup_steps}")
+        raise UserError(f"lr_decay_steps = {settings.lr_decay_steps} must be past warmup_steps = "
+                        f"{settings.warmup_steps}")
     return settings, set(given)

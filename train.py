@@ -152,7 +152,7 @@ def main():
     device = choose_device(settings.device, local_rank)
     dtype = choose_dtype(settings.dtype, device)
     if settings.grad_accum_steps % world:
-        raise UserError(f"grad_accum_steps = {settings.grad_accum_steps} must be a multiple of the {world} processes")
+        raise UserError(f"grad_accum_steps = {settings.grad_accum_steps} must be a multiple of {world} processes")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")  # tf32 where the device has it
@@ -163,9 +163,9 @@ def main():
     raw_model, laplacian, tensors, state = started_model(settings, given, corpus)
     T = raw_model.config.block_size
     for split in ("train", "val"):
-        if len(getattr(corpus, split)) <= T:
-            raise UserError(f"{settings.data_dir}/{split}.bin has {len(getattr(corpus, split))} tokens, too few for one "
-                            f"context: block_size = {T} needs {T + 1}")
+        if (length := len(getattr(corpus, split))) <= T:
+            raise UserError(f"{settings.data_dir}/{split}.bin has {length} tokens, too few for one context: "
+                            f"block_size = {T} needs {T + 1}")
     out_dir = Path(settings.out_dir)
     metrics_path = out_dir / "metrics.jsonl"
     resume = state is not None
@@ -253,8 +253,8 @@ def main():
         else:
             for name in held:
                 (out_dir / name).unlink()
-        print(f"{out_dir}: {raw_model.parameter_count() / 1e6:.2f} M parameters, attention = {raw_model.config.attention}"
-              + (f", tau = {raw_model.tau.item():.4g}" if raw_model.tau is not None else "")
+        print(f"{out_dir}: {raw_model.parameter_count() / 1e6:.2f} M parameters, {raw_model.config.attention} attention"
+              + (f" with tau = {raw_model.tau.item():.4g}" if raw_model.tau is not None else "")
               + f", {tokens_per_step:,} tokens a step, on {world} x {device.type}, {str(dtype).removeprefix('torch.')}")
     progress = tqdm(total=settings.max_steps, initial=state["step"], unit=" steps", disable=None if master else True,
                     dynamic_ncols=True)

@@ -40,7 +40,8 @@ def prepare(texts, source, args, one_document=False):
     texts: a function that starts a new iterator over the documents, each a str; it is called three times at most.
     source: what meta.json says of where they come from.
     one_document: the corpus is one running text: no end token, and the last val_fraction of it is validation.
-    Otherwise a document is validation if a hash of its text says so, wherever it stands; if no hash does, the lowest is.
+    Otherwise a document is validation if a hash of its text says so, wherever it stands; if none does, the one with
+    the lowest hash is.
 
     Raises UserError for an empty corpus or a bad option. Memory does not grow with the corpus.
     """

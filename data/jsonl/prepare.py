@@ -1,4 +1,4 @@
-"""Any JSONL files of {"text": "..."} or {"text": [id, title, body]} -> train.bin, val.bin, tokenizer.json, meta.json."""
+"""JSONL files of {"text": "..."} or {"text": [id, title, body]} -> train.bin, val.bin, tokenizer.json, meta.json."""
 
 import sys
 from pathlib import Path
