@@ -18,5 +18,5 @@ else
 fi
 
 show python plot.py $out --overwrite
-show python sample.py $out --prompt="Return the " --max_new_tokens=120
+show python sample.py $out --prompt="Return the" --max_new_tokens=120
 printf '\n\nlosses, energies and Laplacian: %s/figure.png\n' "$out"

@@ -10,6 +10,6 @@ echo "installing requirements.txt into .venv ..."
 pip install --quiet --disable-pip-version-check --requirement requirements.txt
 
 show() {  # a command, and then what it does
-    printf '\n$ %s\n' "$*"
+    printf '\n$'; printf ' %q' "$@"; printf '\n'
     "$@"
 }
