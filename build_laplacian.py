@@ -40,6 +40,8 @@ def npy_rows(path):
         embeddings = np.load(path, mmap_mode="r")
     except (ValueError, EOFError) as error:
         raise UserError(f"{path} is not a whole .npy file ({error})") from None
+    if not isinstance(embeddings, np.ndarray):
+        raise UserError(f"{path} is an archive of arrays; embeddings are one array (N, F)")
     if embeddings.ndim != 2 or embeddings.dtype.kind != "f" or 0 in embeddings.shape:
         raise UserError(f"{path} holds {embeddings.dtype} {embeddings.shape}; embeddings are floats (N, F)")
     for start in tqdm(range(0, len(embeddings), CHUNK_ROWS), desc="reading embeddings", disable=None):
@@ -55,7 +57,7 @@ def parquet_rows(path):
                             f"rows of {', '.join(names[:4])}, ...")
         for batch in tqdm(file.iter_batches(CHUNK_ROWS), desc="reading embeddings", disable=None):
             yield np.column_stack([column.to_numpy(zero_copy_only=False) for column in batch.columns])
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a whole parquet file ({error})") from None
 
 
@@ -167,7 +169,7 @@ def load_laplacian(path):
     try:
         table = pyarrow.parquet.read_table(path)
     except FileNotFoundError:
-        raise
+        raise FileNotFoundError(f"{path} does not exist") from None
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a whole parquet file ({error}): build it again") from None
     missing = [name for name in COLUMNS if name not in table.column_names]
@@ -210,7 +212,7 @@ def build(args):
         if settings["zero_columns"]:
             print(f"{settings['zero_columns']} of {len(gram)} features are zero everywhere: "
                   "they stay, at distance 1 from all others")
-        if args.dim:
+        if args.dim is not None:
             gram = project(gram, args.dim, args.seed)
             settings["seed"] = args.seed
         F, distances = len(gram), feature_distances(gram)
@@ -258,13 +260,20 @@ def main():
             raise UserError(f"--{name}={getattr(args, name)} must be positive")
     if args.seed < 0:
         raise UserError(f"--seed={args.seed} must not be negative")
+    if args.dim is not None and not 2 <= args.dim <= MOST_FEATURES:
+        raise UserError(f"--dim={args.dim}: a graph has 2 to {MOST_FEATURES} features")
     if args.out.suffix != ".parquet":
         raise UserError(f"--out={args.out} must end in .parquet")
     if not args.out.parent.is_dir():
         raise UserError(f"folder {args.out.parent} does not exist: make it first")
-    refuse_existing(args.out, args.overwrite)
-    L, settings = build(args)
-    check_laplacian(L, "the graph")
+    for path in (args.out, args.out.with_suffix(".json")):
+        refuse_existing(path, args.overwrite)
+    with np.errstate(all="ignore"):  # what overflows is found by the check
+        L, settings = build(args)
+    try:
+        check_laplacian(L, "the graph")
+    except UserError as error:
+        raise UserError(f"{error}, with embeddings of a smaller range or other --p and --sigma") from None
     settings["command"] = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     save_laplacian(args.out, L, settings)
     eigenvalues = np.linalg.eigvalsh(L)

@@ -2,6 +2,7 @@
 the lowest validation loss. One file holds all it takes: tensors "model.*", "laplacian" and, in last, "optimizer.*", and
 in its header, as JSON, the model's "config", the "tokenizer", and "run", the state of the training script."""
 
+import errno
 import json
 import os
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from common import UserError, replacing
+from data import tokenizer as tokenizers
 from model import ModelConfig, Tauformer
 
 HEADER = ("config", "tokenizer", "run")
@@ -26,8 +28,11 @@ def write(path, model, laplacian, tokenizer, run, optimizer=None):
             tensors |= {f"optimizer.{key}.{name}": value for key, value in optimizer.state[weight].items()}
     header = {"config": asdict(model.config), "tokenizer": tokenizer, "run": run}
     with replacing(path) as temporary:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary,
-                  {key: json.dumps(value) for key, value in header.items()})
+        try:
+            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary,
+                      {key: json.dumps(value) for key, value in header.items()})
+        except SafetensorError as error:  # its name for a full disk
+            raise OSError(errno.ENOSPC, f"{path} could not be written: {error}") from None
 
 
 def find(out_dir):
@@ -46,8 +51,10 @@ def read(path):
     try:
         with safe_open(path, "pt") as file:
             header = {key: json.loads(file.metadata()[key]) for key in HEADER}
+            if not all(isinstance(value, dict) for value in header.values()):
+                raise ValueError("its header is not three objects")
             return {name: file.get_tensor(name) for name in file.keys()}, header
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged, or no checkpoint of train.py ({type(error).__name__}: {error})") from None
 
 
@@ -55,6 +62,8 @@ def build_model(tensors, header, path, laplacian=None, **changes):
     """The model of a checkpoint that read() gave: with another Laplacian and with changed config fields, if given."""
     try:
         config = ModelConfig(**header["config"] | changes)
+        if tokenizers.from_json(header["tokenizer"]).vocab_size != config.vocab_size:
+            raise RuntimeError("the tokenizer has another size than the vocabulary")
         model = Tauformer(config, tensors.get("laplacian") if laplacian is None else laplacian)
         model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in tensors.items()
                                if name.startswith("model.")})
@@ -65,9 +74,9 @@ def build_model(tensors, header, path, laplacian=None, **changes):
 
 def restore_optimizer(optimizer, model, tensors, path):
     """Give the optimizer the state that the checkpoint holds."""
-    try:
-        for name, weight in model.named_parameters():
-            optimizer.state[weight] = {key: tensors[f"optimizer.{key}.{name}"].to(weight.device)
-                                       for key in ("step", "exp_avg", "exp_avg_sq")}
-    except KeyError as error:
-        raise UserError(f"{path} cannot be resumed: it has no {error}") from None
+    for name, weight in model.named_parameters():
+        for key, shape in (("step", ()), ("exp_avg", weight.shape), ("exp_avg_sq", weight.shape)):
+            tensor = tensors.get(f"optimizer.{key}.{name}")
+            if tensor is None or tensor.shape != shape:
+                raise UserError(f"{path} cannot be resumed: its optimizer state {key} of {name} is missing or damaged")
+            optimizer.state[weight][key] = tensor.to(weight.device)

@@ -1,6 +1,7 @@
 """What every script shares: how a user's mistake ends a program, and how a file is replaced whole."""
 
 import argparse
+import errno
 import os
 import sys
 from contextlib import contextmanager
@@ -27,12 +28,13 @@ def run(main):
     try:
         main()
         sys.stdout.flush()
-    except (UserError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
-        if os.environ.get("RANK", "0") == "0":  # one line under torchrun too
-            print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
     except BrokenPipeError:  # the reader of our output left, as in `sample.py ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except (UserError, OSError) as error:
+        rank = f" on rank {os.environ['RANK']}" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        print(f"{Path(sys.argv[0]).name}: error{rank}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1 if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else 2)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -46,9 +48,25 @@ def replacing(path):
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        os.umask(umask := os.umask(0))
+        os.chmod(temporary, 0o666 & ~umask)  # some writers leave it closed to others
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def output_folder(path):
+    """Make the folder `path`; if the block fails, a folder that was not there before goes again, unless it holds
+    something."""
+    existed = path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if not existed and not any(path.iterdir()):
+            path.rmdir()
+        raise
 
 
 def refuse_existing(path, overwrite):
@@ -64,7 +82,7 @@ def choose_device(name, local_rank=0):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
     return device

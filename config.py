@@ -1,14 +1,13 @@
 """The settings of train.py: a line each with its meaning, read from a TOML file and overridden by --key=value."""
 
-import math
 import tomllib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from common import Parser, UserError
 
-POSITIVE = (lambda value: value > 0, "positive")
-NOT_NEGATIVE = (lambda value: value >= 0, "0 or more")
+POSITIVE = (lambda value: 0 < value < 2**31, "positive and below 2^31")
+NOT_NEGATIVE = (lambda value: 0 <= value < 2**31, "0 or more and below 2^31")
 FRACTION = (lambda value: 0 <= value < 1, "at least 0 and below 1")
 
 
@@ -77,12 +76,12 @@ class Settings:
 def checked(name, value, kind, source):
     """The value of a setting, an int taken as a float where one is due. Raises UserError for a wrong type or value."""
     rule = Settings.__dataclass_fields__[name].metadata["rule"]
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
     if type(value) is not kind:
         raise UserError(f"{source}: {name} = {value!r} must be {kind.__name__}, not {type(value).__name__}")
-    if kind is float and not math.isfinite(value) or rule and not rule[0](value):
-        raise UserError(f"{source}: {name} = {value!r} must be {rule[1] if rule else 'finite'}")
+    if rule and not rule[0](value):  # NaN and infinity too
+        raise UserError(f"{source}: {name} = {value!r} must be {rule[1]}")
     return value
 
 
@@ -109,7 +108,7 @@ def parse(description):
     path = args.pop("config")
     try:
         values = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # broken TOML or UTF-8, numbers of thousands of digits
         raise UserError(f"{path} is not a TOML file: {error}") from None
     for name in values:
         if name not in kinds:

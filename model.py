@@ -25,7 +25,7 @@ from common import UserError
 
 ENERGY_EPS = 1e-6
 DOT_SCALE = 1.2  # sharpens the dot twin, whose queries and keys are normed
-LOSS_CHUNK = 256  # tokens whose logits are in memory at once
+LOSS_CHUNK = 256  # tokens whose logits are in memory at once, or a 16th of the batch if that is more
 
 
 @dataclass
@@ -43,6 +43,9 @@ class ModelConfig:
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be positive")
         if self.n_embd % self.n_head or self.head_size % 2:
             raise UserError(f"n_embd={self.n_embd} must be n_head={self.n_head} times an even head size")
         if self.n_head % self.n_kv_head:

@@ -15,7 +15,7 @@ import torch
 import checkpoint
 from build_laplacian import load_laplacian
 from common import Parser, UserError, refuse_existing, replacing, run
-from model import ModelConfig, head_laplacians
+from model import head_laplacians
 
 
 def read_metrics(folder):
@@ -23,7 +23,12 @@ def read_metrics(folder):
     path = folder / "metrics.jsonl"
     try:
         records = [json.loads(line) for line in path.read_text().splitlines()]
-        return {split: [record for record in records if record["split"] == split] for split in ("train", "val")}
+        metrics = {split: [record for record in records if record["split"] == split] for split in ("train", "val")}
+        if not metrics["val"]:
+            raise ValueError("it has no validation loss")
+        for record in records:
+            record["tokens"], record["elapsed_s"], record["loss"]
+        return metrics
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error})") from None
 
@@ -82,8 +87,9 @@ def main():
             continue
         runs[str(source)] = read_metrics(source)
         if L is None and any(source.glob("*.safetensors")):
-            tensors, header = checkpoint.read(checkpoint.find(source))
-            L, config = tensors.get("laplacian"), ModelConfig(**header["config"])
+            path = checkpoint.find(source)
+            tensors, header = checkpoint.read(path)
+            L, config = tensors.get("laplacian"), checkpoint.build_model(tensors, header, path).config
     if not runs and args.out is None:
         raise UserError("--out=FILE.png is missing")
     out = args.out or next(source for source in args.sources if source.suffix != ".parquet") / "figure.png"

@@ -22,6 +22,7 @@ def probabilities(logits, temperature, top_k, top_p):
     """(B, V) float64 of logits (B, V): divided by the temperature, then cut to the top_k most likely tokens (0: all),
     then to the fewest of those that hold top_p of the mass. temperature 0: all mass on the most likely token."""
     logits = logits.double()
+    logits = logits - logits.amax(-1, keepdim=True)
     if temperature == 0:
         return torch.zeros_like(logits).scatter(1, logits.argmax(-1, keepdim=True), 1.0)
     ordered, order = (logits / temperature).sort(descending=True, stable=True)
@@ -63,7 +64,7 @@ def generate(model, prompt, max_new_tokens, temperature, top_k, top_p, seed):
     if max_new_tokens:
         logits, cache = prefill(model, context)
     for produced in range(1, max_new_tokens + 1):
-        token = sample(probabilities(logits, temperature, top_k, top_p).cpu(), generators)
+        token = sample(probabilities(logits.cpu(), temperature, top_k, top_p), generators)
         yield token[:, 0]
         if produced == max_new_tokens:
             return
@@ -104,9 +105,9 @@ def main():
     options.add_argument("--seed", type=int, default=1337, help="(default: %(default)s)")
     options.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: %(default)s)")
     args = options.parse_args()
-    for name, good in (("max_new_tokens", args.max_new_tokens >= 0), ("num_samples", args.num_samples >= 1),
+    for name, good in (("max_new_tokens", 0 <= args.max_new_tokens < 2**31), ("num_samples", 1 <= args.num_samples <= 4096),
                        ("temperature", 0 <= args.temperature < float("inf")), ("top_k", args.top_k >= 0),
-                       ("top_p", 0 < args.top_p <= 1), ("seed", args.seed >= 0)):
+                       ("top_p", 0 < args.top_p <= 1), ("seed", 0 <= args.seed < 2**31)):
         if not good:
             raise UserError(f"--{name}={getattr(args, name)} is out of range (--help lists the options)")
     if args.prompt and args.prompt_file:

@@ -28,10 +28,10 @@ from config import parse
 from data.corpus import Corpus
 from model import ModelConfig, Tauformer
 
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
               "4090": 165e12, "3090": 71e12}  # dense bfloat16, by a part of the device's name
 LOWEST_SCALE = 0.03125  # of the plateau rule: 5 halvings, the published run's last
-REPLACED = ("metrics.jsonl", "last.safetensors", "best.safetensors")
+REPLACED = ("last.safetensors", "best.safetensors", "metrics.jsonl")
 
 
 def choose_dtype(name, device):
@@ -58,7 +58,12 @@ def started_model(settings, given, corpus):
     if settings.init_from == "scratch":
         laplacian = domain_laplacian(settings)
         config = ModelConfig(vocab_size=corpus.vocab_size, **{name: getattr(settings, name) for name in names})
-        return Tauformer(config, laplacian), laplacian, None, None
+        check_length(settings, corpus, config.block_size)
+        try:
+            return Tauformer(config, laplacian), laplacian, None, None
+        except (RuntimeError, MemoryError) as error:
+            raise UserError(f"the model does not fit into memory: lower n_layer = {config.n_layer} or n_embd = "
+                            f"{config.n_embd} ({str(error).splitlines()[0]})") from None
 
     resume = settings.init_from == "resume"
     path = Path(settings.out_dir) / "last.safetensors" if resume else checkpoint.find(settings.init_from)
@@ -75,12 +80,22 @@ def started_model(settings, given, corpus):
             changes[name] = ours
         elif ours != theirs and not (name == "n_kv_head" and ours == 0):
             raise UserError(f"{name} = {ours!r}, but {path} has {theirs!r}: leave it out")
-    laplacian = None
-    if "laplacian" in given and not resume and header["config"]["attention"] == "tau":
+    laplacian = own = tensors.get("laplacian")
+    if "laplacian" in given and own is not None and (os.path.exists(settings.laplacian) or not resume or settings.eval_only):
         laplacian = domain_laplacian(settings)
+        if resume and not settings.eval_only and not torch.equal(laplacian, own):
+            raise UserError(f"{settings.laplacian} is not the Laplacian of the run in {settings.out_dir}: leave it out, "
+                            f"or start a run from this one with --init_from={settings.out_dir} --out_dir=OTHER")
+    check_length(settings, corpus, changes.get("block_size", header["config"].get("block_size", 0)))
     model = checkpoint.build_model(tensors, header, path, laplacian, **changes)
-    laplacian = tensors.get("laplacian") if laplacian is None else laplacian
     return model, laplacian, *((tensors, header["run"]) if resume else (None, None))
+
+
+def check_length(settings, corpus, T):
+    for split in ("train", "val"):
+        if (length := len(getattr(corpus, split))) <= T:
+            raise UserError(f"{settings.data_dir}/{split}.bin has {length} tokens, too few for one context: "
+                            f"block_size = {T} needs {T + 1}")
 
 
 def learning_rate(settings, step, scale):
@@ -116,15 +131,18 @@ def to_device(batch, device):
     return batch[:, :-1], batch[:, 1:]
 
 
-def rewind(path, step):
-    """Drop the lines of metrics.jsonl that a resume from `step` will write again."""
+def metrics_until(path, step):
+    """The text of metrics.jsonl without the lines that a resume from `step` will write again."""
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
-            break
-        kept.append(line)
-    with replacing(path) as temporary:
-        temporary.write_text("".join(kept))
+    try:
+        for line in path.read_text().splitlines(keepends=True):
+            if not line.endswith("\n") or json.loads(line)["step"] > step:
+                break
+            kept.append(line)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}, line {len(kept) + 1} is damaged ({type(error).__name__}: {error}): mend or remove "
+                        "it") from None
+    return "".join(kept)
 
 
 def peak_mem_mb(device):
@@ -162,10 +180,6 @@ def main():
     torch.manual_seed(settings.seed)
     raw_model, laplacian, tensors, state = started_model(settings, given, corpus)
     T = raw_model.config.block_size
-    for split in ("train", "val"):
-        if (length := len(getattr(corpus, split))) <= T:
-            raise UserError(f"{settings.data_dir}/{split}.bin has {length} tokens, too few for one context: "
-                            f"block_size = {T} needs {T + 1}")
     out_dir = Path(settings.out_dir)
     metrics_path = out_dir / "metrics.jsonl"
     resume = state is not None
@@ -173,6 +187,7 @@ def main():
     if held and not (resume or settings.overwrite or settings.eval_only):
         raise UserError(f"{out_dir} holds a run already ({', '.join(held)}): give --init_from=resume, "
                         "--overwrite=True, or another --out_dir")
+    past = metrics_until(metrics_path, state["step"]) if resume and not settings.eval_only else ""
     if settings.eval_only and settings.init_from == "scratch":
         raise UserError("eval_only needs a trained model: give --init_from=resume or --init_from=OUT_DIR")
 
@@ -249,7 +264,8 @@ def main():
         if wandb_log is not None:
             state["wandb_id"] = wandb_log.id
         if resume:
-            rewind(metrics_path, state["step"])
+            with replacing(metrics_path) as temporary:
+                temporary.write_text(past)
         else:
             for name in held:
                 (out_dir / name).unlink()
@@ -271,7 +287,15 @@ def main():
             wandb_log.log({f"{split}/{key}": value for key, value in record.items() if key != "split"},
                           step=record["step"])
 
+    def stop_unless_finite(good, what):
+        if not good:
+            last = out_dir / "last.safetensors"
+            raise SystemExit(f"train.py: {what} at step {state['step']} is not finite: "
+                             + (f"{last} is the last good checkpoint; " if last.exists() else "")
+                             + f"try a learning_rate lower than {settings.learning_rate}")
+
     def save(name, with_optimizer):
+        stop_unless_finite(all(weight.isfinite().all() for weight in weights), "a weight")
         if master:
             state["elapsed_s"] = time.perf_counter() - begin
             checkpoint.write(out_dir / name, raw_model, laplacian, corpus.tokenizer.to_json(),
@@ -280,15 +304,16 @@ def main():
     def evaluate():
         """Validate, log, keep the best, and apply the plateau rule."""
         record = validation_record()
+        stop_unless_finite(math.isfinite(record["loss"]), "the validation loss")
         log(record)
-        progress.write(f"step {state['step']:>5}: {shown(record)}")
+        if master:
+            progress.write(f"step {state['step']:>5}: {shown(record)}")
         if record["loss"] < state["best_loss"]:
             state["best_loss"], state["stale"] = record["loss"], 0
-            if state["step"] > 0:
-                save("best.safetensors", with_optimizer=False)
+            save("best.safetensors", with_optimizer=False)
         else:
             state["stale"] += 1
-            if settings.lr_schedule == "plateau" and state["stale"] == settings.plateau_patience:
+            if settings.lr_schedule == "plateau" and state["stale"] >= settings.plateau_patience:
                 state["lr_scale"], state["stale"] = max(state["lr_scale"] / 2, LOWEST_SCALE), 0
 
     if not resume:
@@ -319,9 +344,7 @@ def main():
         logged = step == 1 or step % settings.log_interval == 0
         if logged:
             loss = summed([total.item()])[0] / world
-            if not math.isfinite(loss):
-                raise SystemExit(f"train.py: the loss is {loss} at step {step}: the last checkpoint in {out_dir} is "
-                                 "good; try a lower learning_rate")
+            stop_unless_finite(math.isfinite(loss), "the loss")
         trained_s += time.perf_counter() - step_begin
         if logged:
             speed = trained_tokens / trained_s

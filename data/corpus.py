@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common import Parser, UserError, refuse_existing, replacing
+from common import Parser, UserError, output_folder, refuse_existing, replacing
 from data import tokenizer as tokenizers
 
+FILES = ("meta.json", "tokenizer.json", "train.bin", "val.bin")
 BATCH_BYTES = 1 << 22  # text tokenised at a time
 COUNT_TOKENS = 1 << 24  # tokens counted at a time
 BASELINE_TOKENS = 10_000_000  # validation tokens on which the baselines are measured, at most
@@ -47,11 +48,25 @@ def prepare(texts, source, args, one_document=False):
     """
     if not 0 < args.val_fraction < 1:
         raise UserError(f"--val_fraction={args.val_fraction} must be between 0 and 1")
-    if args.tokenizer == "bpe" and args.vocab_size < 257:
-        raise UserError(f"--vocab_size={args.vocab_size} is too small: 256 bytes and the end token are 257")
-    args.out_dir.mkdir(parents=True, exist_ok=True)
-    refuse_existing(args.out_dir / "meta.json", args.overwrite)
+    if args.tokenizer == "bpe" and not 257 <= args.vocab_size < 2**24:
+        raise UserError(f"--vocab_size={args.vocab_size} must be 257 (256 bytes and the end token) to {2**24 - 1}")
+    for name in FILES:
+        refuse_existing(args.out_dir / name, args.overwrite)
+    with output_folder(args.out_dir):
+        _prepare(texts, source, args, one_document)
 
+
+def prepare_records(records, source, args):
+    """prepare() of the records {"text": [id, title, body]} that an iterator gives, and documents.jsonl beside it."""
+    refuse_existing(args.out_dir / "documents.jsonl", args.overwrite)
+    with output_folder(args.out_dir), replacing(args.out_dir / "documents.jsonl") as file:
+        with open(file, "w", encoding="utf-8", errors="replace") as lines:
+            for record in records:
+                lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+        prepare(lambda: read_jsonl([file]), source, args)
+
+
+def _prepare(texts, source, args, one_document):
     sha256, documents, highest_val = hashlib.sha256(), 0, int(args.val_fraction * 2**64)
     lowest = 2**64
     for text in tqdm(texts(), desc="reading", unit=" documents", disable=None):
@@ -91,7 +106,7 @@ def prepare(texts, source, args, one_document=False):
     end = [] if one_document else [tokenizer.end_token]
     with ExitStack() as stack:  # leaves in reverse order: meta.json is renamed last, so it vouches for the rest
         paths = {name: stack.enter_context(replacing(args.out_dir / name))
-                 for name in ("meta.json", "tokenizer.json", "train.bin", "val.bin")}
+                 for name in FILES}
         files = {split: stack.enter_context(open(paths[f"{split}.bin"], "wb")) for split in counts}
         progress = stack.enter_context(tqdm(total=documents, desc="tokenising", unit=" documents", disable=None))
         for batch in _batches(pieces()):
@@ -172,30 +187,35 @@ class Corpus:
             self.train, self.val = (np.memmap(self.folder / f"{split}.bin", self.meta["dtype"], "r")
                                     for split in ("train", "val"))
             whole = (len(self.train) == self.meta["train"]["tokens"] and len(self.val) == self.meta["val"]["tokens"]
-                     and self.vocab_size == self.tokenizer.vocab_size)
+                     and self.vocab_size == self.tokenizer.vocab_size and self.meta["val"]["bytes"] > 0
+                     and self.meta["dtype"] in ("uint16", "uint32"))
         except FileNotFoundError as error:
             name = self.folder.name
-            script = f"data/{name}/prepare.py" if (Path(__file__).parent / name / "prepare.py").exists() \
-                else f"data/jsonl/prepare.py FILE.jsonl --out_dir={self.folder}"
-            raise UserError(f"no corpus in {self.folder} ({Path(error.filename).name} is missing): "
-                            f"make it with `python {script}`") from None
+            name = name if (Path(__file__).parent / name / "prepare.py").exists() else "jsonl"
+            raise UserError(f"no corpus in {self.folder} ({Path(error.filename).name} is missing): make it with "
+                            f"`python data/{name}/prepare.py --out_dir={self.folder}` (--help)") from None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"damaged corpus in {self.folder} ({error}): prepare it again with --overwrite") from None
         if not whole:
-            raise UserError(f"damaged corpus in {self.folder}: its files do not have the sizes that meta.json gives: "
-                            "prepare it again with --overwrite")
+            raise UserError(f"damaged corpus in {self.folder}: its files are not what meta.json says: prepare it "
+                            "again with --overwrite")
 
     def documents(self, split):
         """The texts of the documents of "train" or "val", in order."""
-        tokens, end = getattr(self, split), self.tokenizer.end_token
-        if end is None:
-            yield self.tokenizer.decode_bytes(tokens.tolist()).decode()
-            return
-        begin = 0
+        tokens, end, begin = getattr(self, split), self.tokenizer.end_token, 0
+
+        def text(stop):
+            try:
+                return self.tokenizer.decode_bytes(tokens[begin:stop].tolist()).decode()
+            except (UnicodeDecodeError, IndexError):
+                raise UserError(f"damaged corpus: {self.folder / split}.bin is no text between the tokens {begin} and "
+                                f"{stop}: prepare it again with --overwrite") from None
         for start in range(0, len(tokens), COUNT_TOKENS):
             for stop in start + np.flatnonzero(tokens[start:start + COUNT_TOKENS] == end):
-                yield self.tokenizer.decode_bytes(tokens[begin:stop].tolist()).decode()
+                yield text(stop)
                 begin = stop + 1
+        if begin < len(tokens):  # one running text has no end token
+            yield text(len(tokens))
 
     def batch(self, starts, length, split):
         """int64 (len(starts), length + 1): the windows of a split that begin at starts."""
@@ -223,28 +243,21 @@ def record_text(record):
 
 
 def read_jsonl(paths):
-    """The documents of JSONL files, empty ones left out. Raises UserError with file and line of a broken record."""
+    """The documents of JSONL files, empty ones left out. Raises UserError with file and line of a broken record, and
+    for what cannot be read more than once."""
     for path in paths:
+        if not Path(path).is_file():
+            raise UserError(f"{path} is not a file" if Path(path).exists() else f"{path} does not exist")
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
                 try:
                     text = record_text(json.loads(line))
-                except ValueError as error:  # broken JSON or UTF-8 too
+                except (ValueError, RecursionError) as error:  # broken JSON or UTF-8 too
                     raise UserError(f"{path}, line {number}: {error}") from None
                 if text:
                     yield text
-
-
-def write_jsonl(records, path):
-    """Write records {"text": [id, title, body]} a line each, and say how many."""
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        count = 0
-        for count, record in enumerate(records, 1):
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        file.flush()
-    print(f"{path}: {count:,} records")
 
 
 def read_text(path):

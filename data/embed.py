@@ -25,6 +25,8 @@ def lsa(texts, dim, seed):
     from sklearn.preprocessing import normalize
     try:
         tfidf = TfidfVectorizer(sublinear_tf=True, min_df=2, max_features=50_000).fit_transform(texts)
+    except UserError:
+        raise
     except ValueError:  # no word stands in two documents
         raise UserError("no word occurs in two documents: the corpus is too small for --model=lsa") from None
     if dim >= min(tfidf.shape):

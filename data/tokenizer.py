@@ -43,7 +43,7 @@ class BPE:
     def named(cls, name):
         """A vocabulary tiktoken knows by name, such as "gpt2" (its first use downloads it)."""
         if name not in tiktoken.list_encoding_names():
-            raise UserError(f"unknown tokenizer {name!r}: bpe, char, a tokenizer.json, an output folder, "
+            raise UserError(f"unknown tokenizer {name!r}: bpe, char, an output folder of train.py, "
                             f"or one of {', '.join(tiktoken.list_encoding_names())}")
         try:
             encoding = tiktoken.get_encoding(name)

@@ -2,6 +2,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
+command -v "$python" > /dev/null || { echo "$python not found: set PYTHON to Python 3.11 or later" >&2; exit 2; }
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     { echo "$python is older than Python 3.11: set PYTHON to a newer one" >&2; exit 2; }
 [ -f .venv/bin/activate ] || "$python" -m venv .venv

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # tau against its dot-product twin on Tiny Shakespeare characters, nanoGPT's CPU recipe: about six minutes on two cores.
 # Give the text's file, or none to load it through `datasets`. The losses go to results/.
+text=${1:+$(realpath "$1")}
 . "$(dirname "$0")/setup.sh"
 
 data=data/shakespeare_char
-[ -f $data/meta.json ] || show python data/shakespeare_char/prepare.py "$@"
+[ -f $data/meta.json ] || show python data/shakespeare_char/prepare.py ${text:+"$text"}
 [ -f $data/laplacian.parquet ] || show python build_laplacian.py --graph=chain --dim=32 --out=$data/laplacian.parquet
 
 for attention in tau dot; do

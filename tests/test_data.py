@@ -3,6 +3,8 @@ import math
 import zipfile
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from conftest import fails, ok, shared_data
@@ -128,8 +130,6 @@ def test_whole_shakespeare_is_as_in_nanogpt(tmp_path):
 
 
 def test_openwebtext_from_a_file(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
     write_jsonl(tmp_path / "a.jsonl")
     texts = [json.loads(line)["text"] for line in open(tmp_path / "a.jsonl")]
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
@@ -188,6 +188,11 @@ def test_bad_jsonl(tmp_path, content, expected):
     ("data/cve/prepare.py", ["a.jsonl", "--out_dir=out"], "zip"),
     ("data/shakespeare_char/prepare.py", ["empty.txt", "--out_dir=out"], "empty"),
     ("data/openwebtext/prepare.py", ["broken.parquet", "--tokenizer=bpe", "--out_dir=out"], "broken.parquet"),
+    ("data/jsonl/prepare.py", ["folder", "--out_dir=out"], "folder is not a file"),
+    ("data/jsonl/prepare.py", ["a.jsonl", "--out_dir=empty.txt"], "empty.txt"),
+    ("data/jsonl/prepare.py", ["a.jsonl", "--out_dir=out", "--vocab_size=5000000000"], "--vocab_size"),
+    ("data/cve/prepare.py", ["flipped.zip", "--out_dir=out"], "flipped.zip"),
+    ("data/openwebtext/prepare.py", ["numbers.parquet", "--tokenizer=bpe", "--out_dir=out"], "numbers.parquet"),
     ("data/embed.py", ["nowhere"], "no corpus in nowhere"),
     ("data/embed.py", ["{work}/docs", "--dim=0"], "--dim=0"),
     ("data/embed.py", ["{work}/docs"], "exists already")])
@@ -195,9 +200,41 @@ def test_mistakes(tmp_path, work, script, args, expected):
     write_jsonl(tmp_path / "a.jsonl")
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really PAR1")
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
+    (tmp_path / "folder").mkdir()
+    with zipfile.ZipFile(tmp_path / "flipped.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("CVE-1.json", json.dumps(cve_record(1, **described("text " * 99))))
+    content = bytearray((tmp_path / "flipped.zip").read_bytes())
+    content[45:60] = b"\xff" * 15
+    (tmp_path / "flipped.zip").write_bytes(content)
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
     assert expected in fails(script, *[arg.format(work=work) for arg in args], cwd=tmp_path)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+def test_no_file_is_overwritten_unasked(tmp_path):
+    (tmp_path / "input.txt").write_text("some text " * 50)
+    for name in ("meta.json", "tokenizer.json", "train.bin", "val.bin"):
+        (tmp_path / "theirs").mkdir(exist_ok=True)
+        (tmp_path / "theirs" / name).write_text("mine")
+        assert name in fails("data/shakespeare_char/prepare.py", "input.txt", "--out_dir=theirs", cwd=tmp_path)
+        assert [path.read_text() for path in (tmp_path / "theirs").iterdir()] == ["mine"]
+        (tmp_path / "theirs" / name).unlink()
+
+
+def test_a_failed_prepare_leaves_no_folder(tmp_path):
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "CVE-1.json").write_text(json.dumps(cve_record(1, **described("a lone \ud800 surrogate"))))
+    assert "one document" in fails("data/cve/prepare.py", "records", "--out_dir=new/deep", cwd=tmp_path)
+    assert not (tmp_path / "new" / "deep").exists()
+
+
+def test_documents_of_one_running_text_and_of_a_damaged_one(tmp_path):
+    (tmp_path / "input.txt").write_text("some text " * 50)
+    ok("data/shakespeare_char/prepare.py", "input.txt", "--tokenizer=bpe", "--vocab_size=260", "--out_dir=s", cwd=tmp_path)
+    assert len(decoded(Corpus(tmp_path / "s"), "train")) == 1
+    np.full((tmp_path / "s" / "train.bin").stat().st_size // 2, 0xFF, np.uint16).tofile(tmp_path / "s" / "train.bin")
+    assert "damaged corpus" in fails("data/embed.py", "s", "--dim=2", cwd=tmp_path)
 
 
 def test_a_corpus_is_not_overwritten_unasked(tmp_path):

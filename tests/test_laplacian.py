@@ -174,15 +174,20 @@ def nan_embeddings(path):
 @pytest.mark.parametrize("args, expected", [
     (["nan.npy", "--out=l.parquet"], "row 123"), (["absent.npy", "--out=l.parquet"], "absent.npy"),
     (["--out=l.parquet"], "EMBEDDINGS"), (["--graph=chain", "--out=l.parquet"], "--dim"),
-    (["--graph=chain", "--dim=1", "--out=l.parquet"], "1 features"), (["e.npy", "--out=l.csv"], ".parquet"),
+    (["--graph=chain", "--dim=1", "--out=l.parquet"], "--dim=1"), (["e.npy", "--out=l.csv"], ".parquet"),
     (["e.npy", "--out=taken.parquet"], "--overwrite"), (["e.npy", "--out=l.parquet", "--sigma=0"], "--sigma=0"),
     (["e.npy", "--out=l.parquet", "--graph=ring"], "ring"), (["one.npy", "--out=l.parquet"], "(N, F)"),
     (["short.npy", "--out=l.parquet"], "short.npy"), (["e.npy", "--out=nowhere/l.parquet"], "nowhere"),
-    (["taken.parquet", "--out=l.parquet"], "taken.parquet")])
+    (["taken.parquet", "--out=l.parquet"], "taken.parquet"), (["e.npy", "--out=l.parquet", "--dim=0"], "--dim=0"),
+    (["e.npy", "--out=l.parquet", "--dim=1000000000"], "--dim=1000000000"), (["archive.npy", "--out=l.parquet"], "archive"),
+    (["e.npy", "--out=l.parquet", "--p=5000", "--sigma=1e-300"], "--sigma"), (["e.npy", "--out=theirs.parquet"], "theirs.json")])
 def test_mistakes(built, args, expected):
     nan_embeddings(built / "nan.npy")
     np.save(built / "one.npy", np.zeros(5))
     (built / "short.npy").write_bytes((built / "e.npy").read_bytes()[:100])
     (built / "taken.parquet").write_bytes(b"mine")
+    (built / "theirs.json").write_text("mine")
+    np.savez(built / "archive.npz", np.zeros((3, 3)))
+    (built / "archive.npz").rename(built / "archive.npy")
     assert expected in fails("build_laplacian.py", *args, cwd=built)
     assert (built / "taken.parquet").read_bytes() == b"mine" and not (built / "l.parquet").exists()

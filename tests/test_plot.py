@@ -4,8 +4,11 @@ from matplotlib.image import imread
 from conftest import fails, ok
 
 
-@pytest.mark.parametrize("args, panels", [(["out/small"], 5), (["out/small", "out/small"], 5), (["docs/laplacian.parquet"], 2)])
+@pytest.mark.parametrize("args, panels", [(["out/small"], 5), (["out/small", "out/dot"], 5), (["docs/laplacian.parquet"], 2)])
 def test_figures(work, tmp_path, args, panels):
+    if "out/dot" in args:
+        ok("train.py", "small.toml", "--attention=dot", "--max_steps=2", f"--out_dir={tmp_path}/dot", cwd=work)
+        args = ["out/small", f"{tmp_path}/dot"]
     assert str(tmp_path / "f.png") in ok("plot.py", *args, f"--out={tmp_path}/f.png", cwd=work)
     image = imread(tmp_path / "f.png")
     assert image.shape[1] > 500 * min(panels, 3) and image.std() > 0.05
@@ -13,10 +16,12 @@ def test_figures(work, tmp_path, args, panels):
 
 @pytest.mark.parametrize("args, expected", [
     (["nowhere"], "nowhere"), (["docs/laplacian.parquet"], "--out"), (["out/small", "--out={tmp}/f.jpg"], ".png"),
-    (["out/small", "--out={tmp}/taken.png"], "--overwrite"), (["{tmp}/torn"], "damaged")])
+    (["out/small", "--out={tmp}/taken.png"], "--overwrite"), (["{tmp}/torn"], "damaged"), (["{tmp}/few"], "damaged"),
+    (["{tmp}/none"], "no validation loss"), (["absent.parquet", "--out={tmp}/f.png"], "absent.parquet does not exist")])
 def test_mistakes(work, tmp_path, args, expected):
     (tmp_path / "taken.png").write_bytes(b"mine")
-    (tmp_path / "torn").mkdir()
-    (tmp_path / "torn" / "metrics.jsonl").write_text('{"step": 0')
+    for name, content in (("torn", '{"step": 0'), ("few", '{"split": "val"}'), ("none", "")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(content)
     assert expected in fails("plot.py", *[arg.format(tmp=tmp_path) for arg in args], cwd=work)
     assert (tmp_path / "taken.png").read_bytes() == b"mine"

@@ -5,14 +5,18 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
+from dataclasses import fields
 
 import pytest
 import torch
 
 import checkpoint
 from build_laplacian import load_laplacian
+from config import Settings
 from conftest import ROOT, fails, metrics, ok, run_script, untimed
 from data.corpus import Corpus
+from model import ModelConfig
 from test_data import write_jsonl
 
 
@@ -113,7 +117,7 @@ def test_memory_can_be_swapped_and_evaluated(here):
 
 
 def test_plateau_halves_the_rate(here):
-    """At a rate so small that validation cannot improve visibly, but is never exactly a new best twice in a row."""
+    """At a rate so large that validation seldom improves."""
     ok("train.py", "small.toml", "--lr_schedule=plateau", "--plateau_patience=1", "--learning_rate=2.0", "--eval_interval=1",
        "--log_interval=1", "--max_steps=14", "--warmup_steps=0", "--grad_clip=0", "--out_dir=p", cwd=here)
     records = metrics(here / "p")
@@ -153,14 +157,16 @@ def test_wandb_offline(here):
 
 def test_help_lists_every_setting():
     text = run_script("train.py", "--help", cwd=ROOT).stdout
-    from dataclasses import fields
-    from config import Settings
     assert all(f"--{f.name} " in text for f in fields(Settings))
 
 
-def test_every_config_is_valid(here):
-    for config in sorted((ROOT / "configs").glob("*.toml")):
-        assert "nowhere" in fails("train.py", config, "--data_dir=nowhere", cwd=here)
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
+def test_configs(here, config):
+    """Every setting is valid, and fits a model."""
+    assert "nowhere" in fails("train.py", config, "--data_dir=nowhere", cwd=here)
+    settings = Settings(**tomllib.loads(config.read_text()))
+    model = ModelConfig(**{f.name: getattr(settings, f.name) for f in fields(ModelConfig) if f.name != "vocab_size"})
+    assert model.head_size in (32, 64)
 
 
 @pytest.mark.parametrize("args, expected", [
@@ -177,7 +183,12 @@ def test_every_config_is_valid(here):
     (["small.toml", "--init_from=nowhere"], "nowhere"), (["small.toml", "--init_from={work}/out/small", "--n_layer=3"], "n_layer = 3"),
     (["small.toml", "--init_from={work}/out/small", "--data_dir=other"], "vocabulary of other (290 tokens)"),
     (["small.toml", "--init_from=cut"], "cut/last.safetensors is damaged"), (["small.toml", "--out_dir=cut"], "holds a run already"),
-    (["small.toml", "--eval_only=True"], "eval_only"), (["small.toml", "--data_dir=past"], "past its vocabulary"),
+    (["small.toml", "--eval_only=True"], "eval_only"), (["small.toml", "--seed=99999999999999999999"], "seed"),
+    (["small.toml", "--learning_rate=inf"], "learning_rate"), (["deep.toml"], "TOML"), (["small.toml", "--out_dir=small.toml"], "small.toml"),
+    (["small.toml", "--init_from=folder"], "folder/last.safetensors is damaged"),
+    (["small.toml", "--init_from=resume", "--out_dir=resumed", "--max_steps=30"], "metrics.jsonl, line 3 is damaged"),
+    (["small.toml", "--init_from=resume", "--out_dir=swapped", "--max_steps=30", "--laplacian=chain.parquet"], "is not the Laplacian"),
+    (["small.toml", "--init_from=resume", "--out_dir=swapped", "--eval_only=True", "--laplacian=absent.parquet"], "absent.parquet"), (["small.toml", "--data_dir=past"], "past its vocabulary"),
     (["small.toml", "--data_dir=short"], "damaged corpus in short"),
     (["small.toml", "--lr_schedule=cosine", "--min_lr=1"], "min_lr"), (["small.toml", "--grad_accum_steps=1.5"], "grad_accum_steps")])
 def test_mistakes(here, work, args, expected):
@@ -185,7 +196,17 @@ def test_mistakes(here, work, args, expected):
     (here / "type.toml").write_text('n_layer = "3"')
     (here / "bool.toml").write_text("n_layer = true")
     (here / "broken.toml").write_text("n_layer = ")
+    (here / "deep.toml").write_text("n_layer = " + "[" * 5000)
+    (here / "folder" / "last.safetensors").mkdir(parents=True)
     arguments = " ".join(args)
+    for name in ("resumed", "swapped"):
+        if name in arguments:
+            shutil.copytree(work / "out" / "small", here / name)
+    if "resumed" in arguments:
+        lines = (here / "resumed" / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (here / "resumed" / "metrics.jsonl").write_text("".join([*lines[:2], "garbage\n", *lines[3:]]))
+    if "chain" in arguments:
+        ok("build_laplacian.py", "--graph=chain", "--dim=32", "--out=chain.parquet", cwd=here)
     if "nine" in arguments:
         ok("build_laplacian.py", "--graph=chain", "--dim=9", "--out=nine.parquet", cwd=here)
     (here / "truncated.parquet").write_bytes((work / "docs" / "laplacian.parquet").read_bytes()[:-100])
@@ -212,6 +233,14 @@ def test_a_run_is_replaced_only_when_asked(here):
     assert (here / "o" / "metrics.jsonl").read_bytes() == first
     ok(*run, "--seed=2", "--overwrite=True", cwd=here)
     assert len(metrics(here / "o")) == len(first.splitlines()) and (here / "o" / "metrics.jsonl").read_bytes() != first
+
+
+def test_what_is_not_finite_is_not_kept(here):
+    done = run_script("train.py", "small.toml", "--learning_rate=2e9", "--weight_decay=1e9", "--grad_clip=0", "--warmup_steps=0",
+                      "--log_interval=50", "--checkpoint_interval=1", "--eval_interval=50", "--out_dir=n", cwd=here)
+    assert done.returncode == 1 and "is not finite" in done.stderr.splitlines()[-1]
+    for path in (here / "n").glob("*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in weights(path).values())
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.001, 0.3, 0.99])

@@ -9,6 +9,7 @@ import shutil
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def json_files(source):
                         shutil.copyfileobj(archive.open(name), inner)
                         inner.flush()
                         yield from json_files(Path(inner.name))
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
         raise UserError(f"{source} is neither a folder nor a whole zip file ({error})") from None
 
 
@@ -44,7 +45,7 @@ def records(source, left_out):
     for name, content in tqdm(json_files(source), desc="reading CVE records", unit=" files", disable=None):
         try:
             record = json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{name} is not JSON: {error}") from None
         if not isinstance(record, dict) or "cveMetadata" not in record:
             left_out["not a CVE record"] += 1
@@ -57,6 +58,8 @@ def records(source, left_out):
             description = next((entry["value"].strip() for entry in container.get("descriptions", [])
                                 if entry["lang"].lower().startswith("en")), "")
             title = container.get("title") or "(no title)"
+            if not isinstance(number, str) or not isinstance(title, str):
+                raise TypeError("cveId and title are texts")
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{name} is not a CVE record of JSON schema 5.x "
                             f"({type(error).__name__}: {error})") from None
@@ -72,12 +75,9 @@ def main():
     args = options.parse_args()
     if not args.source.exists():
         raise UserError(f"{args.source} does not exist: download a release of github.com/CVEProject/cvelistV5")
-    corpus.refuse_existing(args.out_dir / "meta.json", args.overwrite)
-    args.out_dir.mkdir(parents=True, exist_ok=True)
-    file, left_out = args.out_dir / "documents.jsonl", Counter()
-    corpus.write_jsonl(records(args.source, left_out), file)
+    left_out = Counter()
+    corpus.prepare_records(records(args.source, left_out), args.source, args)
     print("left out: " + (", ".join(f"{count:,} {why}" for why, count in left_out.items()) or "none"))
-    corpus.prepare(lambda: corpus.read_jsonl([file]), args.source, args)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ def parquet_texts(path):
     import pyarrow.parquet
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(columns=["text"]):
-            yield from batch["text"].to_pylist()
-    except (pyarrow.ArrowException, KeyError) as error:
+            yield from (corpus.record_text({"text": text}) for text in batch["text"].to_pylist() if text)
+    except (pyarrow.ArrowException, KeyError, ValueError, OSError) as error:
         raise UserError(f"{path} is not a parquet file with a column of texts: {error}") from None
 
 

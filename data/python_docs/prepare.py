@@ -60,11 +60,7 @@ def title(node, module):
 
 def main():
     args = corpus.parser(__doc__, Path(__file__).parent).parse_args()
-    corpus.refuse_existing(args.out_dir / "meta.json", args.overwrite)
-    args.out_dir.mkdir(parents=True, exist_ok=True)
-    file = args.out_dir / "documents.jsonl"
-    corpus.write_jsonl(records(), file)
-    corpus.prepare(lambda: corpus.read_jsonl([file]), f"documentation of Python {platform.python_version()}", args)
+    corpus.prepare_records(records(), f"documentation of Python {platform.python_version()}", args)
 
 
 if __name__ == "__main__":
