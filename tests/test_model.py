@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from common import UserError
-from model import (Cache, ChunkedLoss, ModelConfig, Tauformer, bounded, dot_attention, energy, head_laplacians,
-                   kron_reduction)
+from model import (Cache, ChunkedLoss, ModelConfig, SquaredReluMLP, Tauformer, bounded, dot_attention, energy,
+                   head_laplacians, kron_reduction, norm)
 
 
 def random_laplacian(F, density=0.5, seed=0):
@@ -110,6 +110,19 @@ def test_dot_twin_is_scaled_dot_product():
     logits = 1.2 * q @ k.transpose(-1, -2) / math.sqrt(8)
     expected = logits.masked_fill(torch.ones(6, 6, dtype=torch.bool).triu(1), -math.inf).softmax(-1) @ v
     torch.testing.assert_close(dot_attention(q, k, v), expected)
+
+
+def test_gradients_made_by_hand():
+    """Of norm, energy and MLP: against finite differences."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 2, 6, dtype=torch.float64, requires_grad=True)
+    L = torch.stack([random_laplacian(6, seed=1), random_laplacian(6, seed=2)])
+    torch.autograd.gradcheck(norm, x)
+    torch.autograd.gradcheck(lambda x: energy(x, L), x)
+    up, down = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((8, 6), (6, 8)))
+    torch.autograd.gradcheck(SquaredReluMLP.apply, (x[:, :, 0].detach().requires_grad_(), up, down))
+    torch.testing.assert_close(norm(x), F.rms_norm(x, (6,), eps=1e-6))
+    torch.testing.assert_close(SquaredReluMLP.apply(x[:, :, 0], up, down), (x[:, :, 0] @ up.T).relu().square() @ down.T)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 15.0])

@@ -1,0 +1,201 @@
+"""Measure: the attention operator, and a whole training step.
+
+    python bench.py attention                     # against flash SDPA, 256 to 65,536 tokens
+    python bench.py train_step --nanogpt=DIR      # the 30M model, and nanoGPT's from a checkout of it
+
+What is compared runs in turn, and medians are reported, because a machine is seldom quiet. Tables and figures go to
+results/."""
+
+import json
+import multiprocessing
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from attention import tau_attention
+from common import Parser, UserError, replacing, run
+from model import ModelConfig, Tauformer
+
+RESULTS = Path(__file__).parent / "results"
+HEADS, HEAD_SIZE = 6, 64
+TOKENS = 4096  # of a batch, where one sequence has not more
+LONGEST = {"sdpa": 65536, "naive": 4096, "tree": 65536, "walk": 65536}  # dense weights no longer fit beyond
+LAYERS, WIDTH, VOCABULARY = 6, 384, 30522  # configs/tau_30m.toml
+
+
+def operator(impl, B, T):
+    """(forward, forward and backward): functions without arguments, on random inputs."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = torch.randn(4, B, HEADS, T, HEAD_SIZE, generator=generator).unbind()
+    lambda_q, lambda_k = torch.rand(2, B, HEADS, T, generator=generator).unbind()
+    inputs = [q, k, v] if impl == "sdpa" else [lambda_q, lambda_k, v]
+    inputs = [x.clone().requires_grad_() for x in inputs]
+
+    def forward():
+        if impl == "sdpa":
+            return F.scaled_dot_product_attention(*inputs, is_causal=True)
+        return tau_attention(*inputs, temperature=1.0, impl=impl)
+
+    def both():
+        forward().backward(grad)
+        for x in inputs:
+            x.grad = None
+    return forward, both
+
+
+def peak_memory_mb():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def operator_memory(impl, B, T, threads):
+    """Peak memory in MB of forward and backward, beyond that of the process and of the inputs; for a fresh process."""
+    torch.set_num_threads(threads)
+    operator(impl, 1, 128)[1]()
+    both = operator(impl, B, T)[1]
+    before = peak_memory_mb()
+    both()
+    return peak_memory_mb() - before
+
+
+def bench_attention(args):
+    lengths = [256 * 2**i for i in range(9) if 256 * 2**i <= args.longest]
+    rows = []
+    for T in lengths:
+        B = max(1, TOKENS // T)
+        calls = {impl: operator(impl, B, T) for impl, longest in LONGEST.items() if T <= longest}
+        times = {impl: ([], []) for impl in calls}
+        slow = {impl: False for impl in calls}
+        for repeat in tqdm(range(args.repeats + 1), desc=f"T = {T}", disable=None):  # the first is a warm-up
+            for impl, functions in calls.items():
+                for call, measured in zip(functions, times[impl]):
+                    if slow[impl] and repeat > 1:
+                        continue
+                    begin = time.perf_counter()
+                    call()
+                    measured.append(time.perf_counter() - begin)
+                slow[impl] = times[impl][1][0] > 10
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            for impl, (forward, both) in times.items():
+                rows.append({"impl": impl, "B": B, "T": T, "forward_ms": 1e3 * statistics.median(forward[1:]),
+                             "forward_backward_ms": 1e3 * statistics.median(both[1:]), "runs": len(both) - 1,
+                             "memory_mb": pool.apply(operator_memory, (impl, B, T, torch.get_num_threads()))})
+    sdpa = {row["T"]: row["forward_backward_ms"] for row in rows if row["impl"] == "sdpa"}
+    for row in rows:
+        row["times_as_fast_as_sdpa"] = sdpa[row["T"]] / row["forward_backward_ms"]
+    write("attention", rows, args)
+    draw(rows)
+
+
+def draw(rows):
+    import matplotlib
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    for axis, key, label in zip(axes, ("forward_ms", "forward_backward_ms", "memory_mb"),
+                                ("forward, ms", "forward and backward, ms", "peak memory, MB")):
+        for impl in LONGEST:
+            points = [(row["T"], max(row[key], 1e-2) * row["T"] / (row["B"] * row["T"])) for row in rows if row["impl"] == impl]
+            axis.loglog(*zip(*points), marker=".", label={"sdpa": "flash SDPA (dot product)"}.get(impl, f"tau, {impl}"))
+        axis.set(xlabel="tokens T", title=f"{label}, a sequence")
+        axis.legend(fontsize="small")
+    with replacing(RESULTS / "attention.png") as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def train_step(contender, nanogpt, B, T, steps, compile, threads):
+    """(seconds of a training step, median; peak memory in MB) of a 30M model, in a fresh process."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    if contender == "nanogpt":
+        sys.path.insert(0, nanogpt)
+        sys.modules.pop("model")
+        from model import GPT, GPTConfig
+        model = GPT(GPTConfig(block_size=T, vocab_size=VOCABULARY, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH, dropout=0.0,
+                              bias=False))
+        loss_of = lambda model, idx, targets: model(idx, targets)[1]
+    else:
+        model = Tauformer(ModelConfig(block_size=T, vocab_size=VOCABULARY, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH,
+                                      attention=contender), random_laplacian(WIDTH))
+        loss_of = lambda model, idx, targets: model(idx, targets)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    run = torch.compile(model) if compile else model
+    times = []
+    for _ in range(steps + 1):  # the first is a warm-up
+        idx, targets = torch.randint(VOCABULARY, (2, B, T)).unbind()
+        begin = time.perf_counter()
+        loss_of(run, idx, targets).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[1:]), peak_memory_mb()
+
+
+def random_laplacian(F):
+    weights = torch.rand(F, F, generator=torch.Generator().manual_seed(0), dtype=torch.float64).triu(1)
+    weights = weights + weights.T
+    return weights.sum(1).diag() - weights
+
+
+def bench_train_step(args):
+    contenders = ["tau", "dot"] + (["nanogpt"] if args.nanogpt else [])
+    if args.nanogpt and not (Path(args.nanogpt) / "model.py").exists():
+        raise UserError(f"--nanogpt={args.nanogpt}: there is no model.py; give a checkout of nanoGPT")
+    rows = []
+    for T in [length for length in (1024, 4096, 16384) if length <= args.longest]:
+        B = max(1, TOKENS // T)
+        measured = {contender: [] for contender in contenders}
+        for _ in tqdm(range(args.repeats), desc=f"T = {T}", disable=None):
+            for contender in contenders:
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    measured[contender].append(pool.apply(train_step, (contender, args.nanogpt, B, T, args.steps, args.compile,
+                                                                       torch.get_num_threads())))
+        for contender, results in measured.items():
+            seconds, memory = (statistics.median(column) for column in zip(*results))
+            rows.append({"model": contender, "B": B, "T": T, "compile": args.compile, "step_s": seconds,
+                         "tokens_per_s": B * T / seconds, "memory_mb": memory, "runs": len(results)})
+    base = {row["T"]: row for row in rows if row["model"] == contenders[-1]}
+    for row in rows:
+        row[f"speed_to_{contenders[-1]}"] = row["tokens_per_s"] / base[row["T"]]["tokens_per_s"]
+        row[f"memory_to_{contenders[-1]}"] = row["memory_mb"] / base[row["T"]]["memory_mb"]
+    write("train_step" + ("_compiled" if args.compile else ""), rows, args)
+
+
+def write(name, rows, args):
+    """Print a table and write it, with what it was measured on, to results/NAME.json."""
+    columns = list(rows[0])
+    cells = [columns] + [[f"{value:.3g}" if isinstance(value, float) and value < 100 else
+                          f"{value:,.0f}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    print("\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in cells))
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    with replacing(RESULTS / f"{name}.json") as temporary:
+        temporary.write_text(json.dumps({
+            "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit.stdout.strip(),
+            "torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows}, indent=1) + "\n")
+
+
+def main():
+    options = Parser(__doc__)
+    options.add_argument("what", choices=("attention", "train_step"))
+    options.add_argument("--nanogpt", metavar="DIR", help="train_step: a checkout of nanoGPT to measure too")
+    options.add_argument("--compile", action="store_true", help="train_step: torch.compile every model")
+    options.add_argument("--longest", type=int, default=65536, help="tokens (default: %(default)s)")
+    options.add_argument("--repeats", type=int, default=5, help="runs, of which the median (default: %(default)s)")
+    options.add_argument("--steps", type=int, default=3, help="train_step: steps of a run (default: %(default)s)")
+    args = options.parse_args()
+    for name, least in (("longest", 1024), ("repeats", 1), ("steps", 1)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name}={getattr(args, name)} must be at least {least}")
+    {"attention": bench_attention, "train_step": bench_train_step}[args.what](args)
+
+
+if __name__ == "__main__":
+    run(main)
