@@ -367,16 +367,31 @@ struct Pass {
   }
 };
 
+// The rows of a head inside a tensor (B, H, T, D) whose last dimension is dense.
+template <typename T>
+struct Rows {
+  T* first;
+  int64_t step;
+  T* operator[](int64_t t) const { return first + t * step; }
+};
+
+template <typename T>
+Rows<T> rows_of(const at::Tensor& x, int64_t head) {
+  int64_t H = x.size(1);
+  return {const_cast<T*>(x.const_data_ptr<std::remove_const_t<T>>()) + head / H * x.stride(0) + head % H * x.stride(1), x.stride(2)};
+}
+
 // One head: its inputs by raw pointers, decay and bias null where there is none.
 template <typename T>
 struct Head {
   int64_t n, D, stride;
   double inverse_temperature;
-  const T *lambda_q, *lambda_k, *v;
+  const T *lambda_q, *lambda_k;
+  Rows<const T> v;
   const double *decay, *bias;
   Scratch<T>& scratch;
 
-  Pass<T> pass(bool backward, const T* source, const double* lse) {
+  Pass<T> pass(bool backward, Rows<const T> source, const double* lse) {
     double *xk = scratch.xk.template get<double>(n), *xq = scratch.xq.template get<double>(n);
     double *wk = scratch.wk.template get<double>(n), *wq = scratch.wq.template get<double>(n);
     T* rows = scratch.rows.template get<T>(n * stride);
@@ -387,7 +402,7 @@ struct Head {
       double c = decay ? decay[t] : 0.0;
       wk[t] = (bias ? bias[t] : 0.0) - c;
       wq[t] = lse ? c - lse[t] : c;
-      std::memcpy(rows + t * stride, source + t * D, D * sizeof(T));
+      std::memcpy(rows + t * stride, source[t], D * sizeof(T));
       std::memset(rows + t * stride + D, 0, (stride - D) * sizeof(T));
       ones[t] = 1;
     }
@@ -397,7 +412,7 @@ struct Head {
             {scratch.scale[0].template get<double>(2 * n), scratch.scale[1].template get<double>(2 * n)}, scratch};
   }
 
-  void forward(T* out, double* lse, T* diff, T* diff_one) {
+  void forward(Rows<T> out, double* lse, T* diff, T* diff_one) {
     Pass<T> p = pass(false, v, nullptr);
     p.far(lambda_k, lambda_q);
     at::parallel_for(0, (n + CHUNK - 1) / CHUNK, 8, [&](int64_t begin, int64_t end) {
@@ -408,8 +423,9 @@ struct Head {
           const double Z = p.result_one[0][t];
           const T over = 1 / Z;
           const T *sum = p.result[0] + t * stride, *difference = p.result[1] + t * stride;
-          for (int64_t d = 0; d < D; d++) out[t * D + d] = sum[d] * over;
-          for (int64_t d = 0; d < D; d++) diff[t * D + d] = difference[d] * over;
+          T *to = out[t], *to_diff = diff + t * D;
+          for (int64_t d = 0; d < D; d++) to[d] = sum[d] * over;
+          for (int64_t d = 0; d < D; d++) to_diff[d] = difference[d] * over;
           diff_one[t] = p.result_one[1][t] / Z;
           lse[t] = total[t - first] + std::log(Z);
         }
@@ -419,8 +435,8 @@ struct Head {
 
   // Adds to grad_lambda_k and grad_v, which heads share; sets grad_lambda_q and grad_weight, the gradient of the key's log
   // weight. Returns sum a da + sum b db, which is -temperature times the gradient of the temperature.
-  double backward(const T* grad, const T* out, const double* lse, const T* diff, const T* diff_one, T* grad_lambda_q,
-                  T* grad_lambda_k, T* grad_v, double* grad_weight) {
+  double backward(Rows<const T> grad, Rows<const T> out, const double* lse, const T* diff, const T* diff_one,
+                  T* grad_lambda_q, T* grad_lambda_k, Rows<T> grad_v, double* grad_weight) {
     Pass<T> p = pass(true, grad, lse);
     double* ones = const_cast<double*>(p.ones);
     const double center = p.xq[0];
@@ -428,8 +444,8 @@ struct Head {
     std::vector<double> moment(chunks);  // one place a chunk: the sum does not depend on the threads
     at::parallel_for(0, chunks, 8, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin * CHUNK; t < std::min(end * CHUNK, n); t++) {
-        ones[t] = -dot(grad + t * D, out + t * D, D);
-        double da = -(dot(grad + t * D, diff + t * D, D) + ones[t] * diff_one[t]);
+        ones[t] = -dot(grad[t], out[t], D);
+        double da = -(dot(grad[t], diff + t * D, D) + ones[t] * diff_one[t]);
         grad_lambda_q[t] = da * inverse_temperature;
         moment[t / CHUNK] += da * (p.xq[t] - center);
       }
@@ -442,11 +458,12 @@ struct Head {
         for (int64_t t = first; t < std::min(first + CHUNK, n); t++) {
           double back = std::exp(total[t - first]);
           T *sum = p.result[0] + t * stride, *difference = p.result[1] + t * stride;
-          double db = back * (dot(v + t * D, difference, D) + p.result_one[1][t]);
-          grad_weight[t] = back * (dot(v + t * D, sum, D) + p.result_one[0][t]);
+          double db = back * (dot<T>(v[t], difference, D) + p.result_one[1][t]);
+          grad_weight[t] = back * (dot<T>(v[t], sum, D) + p.result_one[0][t]);
           grad_lambda_k[t] += db * inverse_temperature;
           moment[t / CHUNK] += db * (p.xk[t] - center);
-          for (int64_t d = 0; d < D; d++) grad_v[t * D + d] += sum[d] * (T)back;
+          T* to = grad_v[t];
+          for (int64_t d = 0; d < D; d++) to[d] += sum[d] * (T)back;
         }
       }
     });
@@ -477,23 +494,24 @@ void each_head(int64_t groups, int64_t heads, Work work) {
 }
 
 // lambda_q (B, H, T), lambda_k (B, Hkv, T), v (B, Hkv, T, D), temperature (H) float64, decay (B, H, T) float64 (the running
-// sum of the log decays), bias (B, Hkv, T) float64, all contiguous.
+// sum of the log decays), bias (B, Hkv, T) float64; v (and below, grad and out) of any strides with dense rows, the others
+// contiguous. out and grad_v lie in memory as (B, T, heads, D), as the projections around the operator want them.
 // -> out (B, H, T, D), lse (B, H, T) float64, diff (B, H, T, D), diff_one (B, H, T)
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
     const at::Tensor& lambda_q, const at::Tensor& lambda_k, const at::Tensor& v, const at::Tensor& temperature,
     const Maybe& decay, const Maybe& bias) {
   int64_t B = v.size(0), Hkv = v.size(1), n = v.size(2), D = v.size(3), H = lambda_q.size(1);
-  auto out = at::empty({B, H, n, D}, v.options()), diff = at::empty_like(out);
+  auto out = at::empty({B, n, H, D}, v.options()).transpose(1, 2), diff = at::empty({B, H, n, D}, v.options());
   auto lse = at::empty({B, H, n}, v.options().dtype(at::kDouble)), diff_one = at::empty({B, H, n}, v.options());
   AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "tau_walk_forward", [&] {
     constexpr int64_t W = Vector<scalar_t>::width;
     each_head(B * Hkv, H / Hkv, [&](int64_t group, int64_t head) {
       Head<scalar_t> h{n, D, (D + W - 1) / W * W, 1 / temperature.const_data_ptr<double>()[head % H],
                        lambda_q.const_data_ptr<scalar_t>() + head * n, lambda_k.const_data_ptr<scalar_t>() + group * n,
-                       v.const_data_ptr<scalar_t>() + group * n * D,
+                       rows_of<const scalar_t>(v, group),
                        decay ? decay->const_data_ptr<double>() + head * n : nullptr,
                        bias ? bias->const_data_ptr<double>() + group * n : nullptr, scratch<scalar_t>()};
-      h.forward(out.data_ptr<scalar_t>() + head * n * D, lse.data_ptr<double>() + head * n,
+      h.forward(rows_of<scalar_t>(out, head), lse.data_ptr<double>() + head * n,
                 diff.data_ptr<scalar_t>() + head * n * D, diff_one.data_ptr<scalar_t>() + head * n);
     });
   });
@@ -506,21 +524,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
     const at::Tensor& temperature, const Maybe& decay, const Maybe& bias, const at::Tensor& out, const at::Tensor& lse,
     const at::Tensor& diff, const at::Tensor& diff_one) {
   int64_t B = v.size(0), Hkv = v.size(1), n = v.size(2), D = v.size(3), H = lambda_q.size(1);
-  auto grad_lambda_q = at::empty_like(lambda_q), grad_lambda_k = at::zeros_like(lambda_k), grad_v = at::zeros_like(v);
+  auto grad_lambda_q = at::empty_like(lambda_q), grad_lambda_k = at::zeros_like(lambda_k);
+  auto grad_v = at::zeros({B, n, Hkv, D}, v.options()).transpose(1, 2);
   auto grad_weight = at::empty({B, H, n}, v.options().dtype(at::kDouble)), moment = at::empty({B, H}, temperature.options());
   AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "tau_walk_backward", [&] {
     constexpr int64_t W = Vector<scalar_t>::width;
     each_head(B * Hkv, H / Hkv, [&](int64_t group, int64_t head) {
       Head<scalar_t> h{n, D, (D + W - 1) / W * W, 1 / temperature.const_data_ptr<double>()[head % H],
                        lambda_q.const_data_ptr<scalar_t>() + head * n, lambda_k.const_data_ptr<scalar_t>() + group * n,
-                       v.const_data_ptr<scalar_t>() + group * n * D,
+                       rows_of<const scalar_t>(v, group),
                        decay ? decay->const_data_ptr<double>() + head * n : nullptr,
                        bias ? bias->const_data_ptr<double>() + group * n : nullptr, scratch<scalar_t>()};
       moment.data_ptr<double>()[head] = h.backward(
-          grad.const_data_ptr<scalar_t>() + head * n * D, out.const_data_ptr<scalar_t>() + head * n * D,
+          rows_of<const scalar_t>(grad, head), rows_of<const scalar_t>(out, head),
           lse.const_data_ptr<double>() + head * n, diff.const_data_ptr<scalar_t>() + head * n * D,
           diff_one.const_data_ptr<scalar_t>() + head * n, grad_lambda_q.data_ptr<scalar_t>() + head * n,
-          grad_lambda_k.data_ptr<scalar_t>() + group * n, grad_v.data_ptr<scalar_t>() + group * n * D,
+          grad_lambda_k.data_ptr<scalar_t>() + group * n, rows_of<scalar_t>(grad_v, group),
           grad_weight.data_ptr<double>() + head * n);
     });
   });

@@ -98,7 +98,7 @@ def naive(lambda_q, lambda_k, v, temperature, log_decay=None, key_bias=None):
 def fast_attention(lambda_q: torch.Tensor, lambda_k: torch.Tensor, v: torch.Tensor, temperature: torch.Tensor,
                    decay: torch.Tensor | None, bias: torch.Tensor | None,
                    impl: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return backend(impl).forward(*contiguous(lambda_q, lambda_k, v, temperature, decay, bias))
+    return backend(impl).forward(*contiguous(lambda_q, lambda_k), dense_rows(v), *contiguous(temperature, decay, bias))
 
 
 @torch.library.custom_op("tauformer::attention_backward", mutates_args=())
@@ -107,20 +107,23 @@ def fast_attention_backward(grad: torch.Tensor, lambda_q: torch.Tensor, lambda_k
                             out: torch.Tensor, lse: torch.Tensor, diff: torch.Tensor, diff_one: torch.Tensor, impl: str
                             ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of lambda_q, lambda_k, v, temperature, and (B, H, T) of the log weight of every key."""
-    return backend(impl).backward(*contiguous(grad, lambda_q, lambda_k, v, temperature, decay, bias, out, lse, diff, diff_one))
+    return backend(impl).backward(dense_rows(grad), *contiguous(lambda_q, lambda_k), dense_rows(v),
+                                  *contiguous(temperature, decay, bias), out, lse, diff, diff_one)
 
 
 @fast_attention.register_fake
 def _(lambda_q, lambda_k, v, temperature, decay, bias, impl):
-    out = v.new_empty(*lambda_q.shape, v.shape[-1])
-    return out, temperature.new_empty(lambda_q.shape), torch.empty_like(out), v.new_empty(lambda_q.shape)
+    (B, H, T), D = lambda_q.shape, v.shape[-1]
+    return (v.new_empty(B, T, H, D).transpose(1, 2), temperature.new_empty(B, H, T), v.new_empty(B, H, T, D),
+            v.new_empty(B, H, T))
 
 
 @fast_attention_backward.register_fake
 def _(grad, lambda_q, lambda_k, v, temperature, decay, bias, out, lse, diff, diff_one, impl):
     return (torch.empty_like(lambda_q, memory_format=torch.contiguous_format),
             torch.empty_like(lambda_k, memory_format=torch.contiguous_format),
-            torch.empty_like(v, memory_format=torch.contiguous_format), temperature.new_empty(temperature.shape),
+            torch.empty_like(v.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2),
+            temperature.new_empty(temperature.shape),
             temperature.new_empty(lambda_q.shape))
 
 
@@ -145,6 +148,15 @@ fast_attention.register_autograd(_backward, setup_context=_save)
 
 def contiguous(*tensors):
     return [tensor.contiguous() if tensor is not None else None for tensor in tensors]
+
+
+def dense_rows(x):
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def by_token(x):
+    """x (B, H, T, D), laid out in memory as (B, T, H, D), as the projections around the operator want it."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def backend(impl):
@@ -214,7 +226,7 @@ class Tree:
         Z = total[..., -1:]
         out, diff = total[..., :-1] / Z, diff / Z
         lse = scale + Z[..., 0].to(scale.dtype).log()
-        return (out.view(B, H, T, -1), lse.view(B, H, T), diff[..., :-1].reshape(B, H, T, -1).contiguous(),
+        return (by_token(out.view(B, H, T, -1)), lse.view(B, H, T), diff[..., :-1].reshape(B, H, T, -1).contiguous(),
                 diff[..., -1].reshape(B, H, T).contiguous())
 
     @staticmethod
@@ -233,7 +245,7 @@ class Tree:
         db = (diff[..., :-1] * v).sum(-1) + diff[..., -1]  # (B, Hkv, group, T)
         over = (1 / temperature).to(da.dtype)
         moment = (da * (xq - xq[:, :1]).view(B, H, T)).sum(-1) + (db.view(B, H, T) * (xk - xq[:, :1]).view(B, H, T)).sum(-1)
-        return (da * over[:, None], (db * over.view(-1, group, 1)).sum(2), total[..., :-1].sum(2),
+        return (da * over[:, None], (db * over.view(-1, group, 1)).sum(2), by_token(total[..., :-1].sum(2)),
                 -moment.sum(0).to(temperature.dtype) / temperature, grad_weight)
 
     @staticmethod
