@@ -8,7 +8,6 @@ results/."""
 
 import json
 import multiprocessing
-import resource
 import statistics
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from attention import tau_attention
-from common import Parser, UserError, replacing, run
+from common import Parser, UserError, peak_rss_mb, replacing, run
 from model import ModelConfig, Tauformer
 
 RESULTS = Path(__file__).parent / "results"
@@ -50,18 +49,14 @@ def operator(impl, B, T):
     return forward, both
 
 
-def peak_memory_mb():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
 def operator_memory(impl, B, T, threads):
     """Peak memory in MB of forward and backward, beyond that of the process and of the inputs; for a fresh process."""
     torch.set_num_threads(threads)
     operator(impl, 1, 128)[1]()
     both = operator(impl, B, T)[1]
-    before = peak_memory_mb()
+    before = peak_rss_mb()
     both()
-    return peak_memory_mb() - before
+    return peak_rss_mb() - before
 
 
 def bench_attention(args):
@@ -135,7 +130,7 @@ def train_step(contender, nanogpt, B, T, steps, compile, threads):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         times.append(time.perf_counter() - begin)
-    return statistics.median(times[1:]), peak_memory_mb()
+    return statistics.median(times[1:]), peak_rss_mb()
 
 
 def random_laplacian(F):

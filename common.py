@@ -86,3 +86,12 @@ def choose_device(name, local_rank=0):
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
     return device
+
+
+def peak_rss_mb():
+    """The most memory this process has held, in MB."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count the process that started this one, too
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**10
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

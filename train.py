@@ -8,8 +8,6 @@ Writes metrics.jsonl, last.safetensors and best.safetensors to out/NAME, NAME be
 import json
 import math
 import os
-import resource
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, fields
@@ -23,7 +21,7 @@ from tqdm import tqdm
 
 import checkpoint
 from build_laplacian import load_laplacian
-from common import UserError, choose_device, replacing, run
+from common import UserError, choose_device, peak_rss_mb, replacing, run
 from config import parse
 from data.corpus import Corpus
 from model import ModelConfig, Tauformer
@@ -146,9 +144,7 @@ def metrics_until(path, step):
 
 
 def peak_mem_mb(device):
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else peak_rss_mb()
 
 
 def wandb_run(settings, state):
