@@ -1,9 +1,11 @@
+import functools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from attention import tau_attention
 from common import UserError
 from model import (Cache, ChunkedLoss, ModelConfig, SquaredReluMLP, Tauformer, bounded, dot_attention, energy,
                    head_laplacians, kron_reduction, norm)
@@ -198,3 +200,25 @@ def test_compiled_model_gives_the_same_loss_and_gradients(T):
         results.append([loss, *(weight.grad for weight in model.parameters())])
     for ours, theirs in zip(*results):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
+
+
+def test_training_does_not_depend_on_the_implementation(monkeypatch):
+    def losses(impl):
+        monkeypatch.setattr("model.tau_attention", functools.partial(tau_attention, impl=impl))
+        torch.manual_seed(0)
+        model = Tauformer(ModelConfig(block_size=70, vocab_size=50, n_layer=2, n_head=4, n_embd=32, temperature=0.1),
+                          random_laplacian(32))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        curve = []
+        for _ in range(30):
+            idx = torch.randint(50, (4, 71)).cumsum(1) % 50
+            loss = model(idx[:, :-1], idx[:, 1:])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curve.append(loss.item())
+        return curve
+    naive = losses("naive")
+    assert naive[-1] < naive[0] - 0.05
+    for impl in ("walk", "tree"):
+        assert losses(impl) == pytest.approx(naive, abs=1e-3)
