@@ -28,7 +28,7 @@ namespace {
 
 constexpr int64_t CHUNK = 32;      // tokens whose pairs are summed directly
 constexpr double NOTHING = -1e300;  // log of a sum of nothing
-constexpr int64_t AHEAD = 6;       // items whose rows are fetched before they are needed
+constexpr int64_t AHEAD = 24;      // items whose rows are fetched before they are needed
 
 template <typename T>
 struct Vector {
