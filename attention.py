@@ -6,6 +6,7 @@ them."""
 
 import functools
 import hashlib
+import logging
 import math
 import os
 import platform
@@ -170,10 +171,10 @@ def fastest(device, context):
 
 
 @functools.cache
-def _fastest(device, context):  # says its choice, and so once, on standard error
+def _fastest(device, context):  # says its choice, where there is one, and so once, on standard error
     if context == "short":
-        impl, reason = "naive", "below 64 tokens"
-    elif device == "cpu":
+        return "naive"
+    if device == "cpu":
         try:
             load_walk()
             impl, reason = "walk", "compiled for this CPU"
@@ -190,6 +191,7 @@ def _fastest(device, context):  # says its choice, and so once, on standard erro
 def load_walk():
     """attention.cpp, compiled for this machine's processor at first use and kept in torch's cache of extensions."""
     import ninja
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of absent CUDA, not needed here
     from torch.utils.cpp_extension import load
     source = Path(__file__).with_name("attention.cpp")
     processor = Path("/proc/cpuinfo")
