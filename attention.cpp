@@ -19,8 +19,11 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -481,6 +484,17 @@ Scratch<T>& scratch() {
 
 using Maybe = std::optional<at::Tensor>;
 
+template <typename T>
+Head<T> head_of(const at::Tensor& lambda_q, const at::Tensor& lambda_k, const at::Tensor& v, const at::Tensor& temperature,
+                const Maybe& decay, const Maybe& bias, int64_t group, int64_t head) {
+  constexpr int64_t W = Vector<T>::width;
+  int64_t n = v.size(2), D = v.size(3);
+  return {n, D, (D + W - 1) / W * W, 1 / temperature.const_data_ptr<double>()[head % lambda_q.size(1)],
+          lambda_q.const_data_ptr<T>() + head * n, lambda_k.const_data_ptr<T>() + group * n, rows_of<const T>(v, group),
+          decay ? decay->const_data_ptr<double>() + head * n : nullptr,
+          bias ? bias->const_data_ptr<double>() + group * n : nullptr, scratch<T>()};
+}
+
 // Calls work(group, head) for every group of heads that share keys, and its heads in turn. Threads take groups where there
 // are enough of them; else one group after the other has all threads inside.
 template <typename Work>
@@ -504,13 +518,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
   auto out = at::empty({B, n, H, D}, v.options()).transpose(1, 2), diff = at::empty({B, H, n, D}, v.options());
   auto lse = at::empty({B, H, n}, v.options().dtype(at::kDouble)), diff_one = at::empty({B, H, n}, v.options());
   AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "tau_walk_forward", [&] {
-    constexpr int64_t W = Vector<scalar_t>::width;
     each_head(B * Hkv, H / Hkv, [&](int64_t group, int64_t head) {
-      Head<scalar_t> h{n, D, (D + W - 1) / W * W, 1 / temperature.const_data_ptr<double>()[head % H],
-                       lambda_q.const_data_ptr<scalar_t>() + head * n, lambda_k.const_data_ptr<scalar_t>() + group * n,
-                       rows_of<const scalar_t>(v, group),
-                       decay ? decay->const_data_ptr<double>() + head * n : nullptr,
-                       bias ? bias->const_data_ptr<double>() + group * n : nullptr, scratch<scalar_t>()};
+      auto h = head_of<scalar_t>(lambda_q, lambda_k, v, temperature, decay, bias, group, head);
       h.forward(rows_of<scalar_t>(out, head), lse.data_ptr<double>() + head * n,
                 diff.data_ptr<scalar_t>() + head * n * D, diff_one.data_ptr<scalar_t>() + head * n);
     });
@@ -528,13 +537,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
   auto grad_v = at::zeros({B, n, Hkv, D}, v.options()).transpose(1, 2);
   auto grad_weight = at::empty({B, H, n}, v.options().dtype(at::kDouble)), moment = at::empty({B, H}, temperature.options());
   AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "tau_walk_backward", [&] {
-    constexpr int64_t W = Vector<scalar_t>::width;
     each_head(B * Hkv, H / Hkv, [&](int64_t group, int64_t head) {
-      Head<scalar_t> h{n, D, (D + W - 1) / W * W, 1 / temperature.const_data_ptr<double>()[head % H],
-                       lambda_q.const_data_ptr<scalar_t>() + head * n, lambda_k.const_data_ptr<scalar_t>() + group * n,
-                       rows_of<const scalar_t>(v, group),
-                       decay ? decay->const_data_ptr<double>() + head * n : nullptr,
-                       bias ? bias->const_data_ptr<double>() + group * n : nullptr, scratch<scalar_t>()};
+      auto h = head_of<scalar_t>(lambda_q, lambda_k, v, temperature, decay, bias, group, head);
       moment.data_ptr<double>()[head] = h.backward(
           rows_of<const scalar_t>(grad, head), rows_of<const scalar_t>(out, head),
           lse.const_data_ptr<double>() + head * n, diff.const_data_ptr<scalar_t>() + head * n * D,

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from attention import tau_attention
+from build_laplacian import laplacian_of, random_distances
 from common import Parser, UserError, peak_rss_mb, replacing, run
 from model import ModelConfig, Tauformer
 
@@ -96,7 +97,7 @@ def draw(rows):
     for axis, key, label in zip(axes, ("forward_ms", "forward_backward_ms", "memory_mb"),
                                 ("forward, ms", "forward and backward, ms", "peak memory, MB")):
         for impl in LONGEST:
-            points = [(row["T"], max(row[key], 1e-2) * row["T"] / (row["B"] * row["T"])) for row in rows if row["impl"] == impl]
+            points = [(row["T"], max(row[key], 1e-2) / row["B"]) for row in rows if row["impl"] == impl]
             axis.loglog(*zip(*points), marker=".", label={"sdpa": "flash SDPA (dot product)"}.get(impl, f"tau, {impl}"))
         axis.set(xlabel="tokens T", title=f"{label}, a sequence")
         axis.legend(fontsize="small")
@@ -117,7 +118,8 @@ def train_step(contender, nanogpt, B, T, steps, compile, threads):
         loss_of = lambda model, idx, targets: model(idx, targets)[1]
     else:
         model = Tauformer(ModelConfig(block_size=T, vocab_size=VOCABULARY, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH,
-                                      attention=contender), random_laplacian(WIDTH))
+                                      attention=contender),
+                          torch.from_numpy(laplacian_of(random_distances(WIDTH, None, seed=0))))
         loss_of = lambda model, idx, targets: model(idx, targets)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     run = torch.compile(model) if compile else model
@@ -131,12 +133,6 @@ def train_step(contender, nanogpt, B, T, steps, compile, threads):
         optimizer.zero_grad(set_to_none=True)
         times.append(time.perf_counter() - begin)
     return statistics.median(times[1:]), peak_rss_mb()
-
-
-def random_laplacian(F):
-    weights = torch.rand(F, F, generator=torch.Generator().manual_seed(0), dtype=torch.float64).triu(1)
-    weights = weights + weights.T
-    return weights.sum(1).diag() - weights
 
 
 def bench_train_step(args):

@@ -210,13 +210,13 @@ def main():
     windows = validation_starts(corpus, settings, T)
     micro_batches = range(rank, settings.grad_accum_steps, world)
 
-    def summed(values):
-        """The sums over all processes of a list of numbers."""
+    def summed(value):
+        """The sum over all processes of a number."""
         if world > 1:
-            values = torch.tensor(values, dtype=torch.float64, device=device)
-            dist.all_reduce(values)
-            values = values.tolist()
-        return values
+            value = torch.tensor(value, dtype=torch.float64, device=device)
+            dist.all_reduce(value)
+            value = value.item()
+        return value
 
     @torch.no_grad()
     def validate():
@@ -228,7 +228,7 @@ def main():
             with autocast:
                 total += raw_model(*to_device(corpus.batch(starts, T, "val"), device)).item() * len(starts)
         raw_model.train()
-        return summed([total])[0] / len(windows)
+        return summed(total) / len(windows)
 
     def validation_record():
         loss = validate()
@@ -314,7 +314,6 @@ def main():
 
     if not resume:
         evaluate()
-    raw_model.train()
     trained_s, trained_tokens = 0.0, 0
     while state["step"] < settings.max_steps:
         step_begin = time.perf_counter()
@@ -339,7 +338,7 @@ def main():
 
         logged = step == 1 or step % settings.log_interval == 0
         if logged:
-            loss = summed([total.item()])[0] / world
+            loss = summed(total.item()) / world
             stop_unless_finite(math.isfinite(loss), "the loss")
         trained_s += time.perf_counter() - step_begin
         if logged:

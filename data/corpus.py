@@ -105,8 +105,7 @@ def _prepare(texts, source, args, one_document):
     counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in ("train", "val")}
     end = [] if one_document else [tokenizer.end_token]
     with ExitStack() as stack:  # leaves in reverse order: meta.json is renamed last, so it vouches for the rest
-        paths = {name: stack.enter_context(replacing(args.out_dir / name))
-                 for name in FILES}
+        paths = {name: stack.enter_context(replacing(args.out_dir / name)) for name in FILES}
         files = {split: stack.enter_context(open(paths[f"{split}.bin"], "wb")) for split in counts}
         progress = stack.enter_context(tqdm(total=documents, desc="tokenising", unit=" documents", disable=None))
         for batch in _batches(pieces()):

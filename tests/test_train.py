@@ -86,9 +86,9 @@ def test_killed_and_resumed(here, work):
 
 
 def test_two_processes_equal_one(here, work):
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                           ROOT / "train.py", "small.toml", "--out_dir=two"], cwd=here, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--local_addr=127.0.0.1",
+                           "--nproc_per_node=2", ROOT / "train.py", "small.toml", "--out_dir=two"], cwd=here,
+                          capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     for ours, theirs in zip(metrics(here / "two"), metrics(work / "out" / "small"), strict=True):
         assert ours["step"] == theirs["step"] and ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
