@@ -18,19 +18,25 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 namespace {
 
 constexpr int64_t CHUNK = 32;      // tokens whose pairs are summed directly
 constexpr double NOTHING = -1e300;  // log of a sum of nothing
+constexpr int64_t CACHED = 4096;   // tokens whose rows stay in a processor's cache through all their levels
 constexpr int64_t AHEAD = 24;      // items whose rows are fetched before they are needed
 
 template <typename T>
@@ -60,28 +66,32 @@ double dot(const T* x, const T* y, int64_t D) {  // in float64: the gradients of
   return rest;
 }
 
-// exp of n numbers <= 0 in place, 0 where it would be subnormal; memory up to the next multiple of 64 bytes is touched
-void exp_in_place(float* x, int64_t n) {
-  using V = Vector<float>::type;
-  typedef int32_t I __attribute__((vector_size(64)));
-  for (int64_t i = 0; i < n; i += 16) {
-    V v = *(V*)(x + i);
-    V rounder = v * 1.44269504f + 12582912.0f;  // the integer nearest to v / log 2 in the low bits
-    V whole = rounder - 12582912.0f;
-    V r = v - whole * 0.693359375f + whole * 2.12194440e-4f;
-    V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    I bits = ((I)rounder + (127 - 0x4B400000)) << 23;
-    *(V*)(x + i) = v < -87.0f ? V{} : p * (V)bits;
-  }
+template <typename T>
+constexpr T inverse_factorial(int k) {
+  return k < 2 ? 1 : inverse_factorial<T>(k - 1) / k;
 }
 
-void exp_in_place(double* x, int64_t n) {
-  for (int64_t i = 0; i < n; i++) x[i] = std::exp(x[i]);
+// exp of n numbers <= 0 in place, 0 where it would be subnormal; memory up to the next multiple of 64 bytes is touched
+template <typename T>
+void exp_in_place(T* x, int64_t n) {
+  using V = typename Vector<T>::type;
+  using Int = std::conditional_t<std::is_same_v<T, float>, int32_t, int64_t>;
+  typedef Int I __attribute__((vector_size(64)));
+  constexpr bool single = std::is_same_v<T, float>;
+  constexpr int mantissa = single ? 23 : 52, bias = single ? 127 : 1023, degree = single ? 7 : 13;
+  constexpr T magic = single ? 12582912.0 : 6755399441055744.0;  // puts the nearest integer into the low bits
+  constexpr T log2_high = single ? 0.693359375 : 0.693147180369123816490, log2_low = single ? -2.12194440e-4 : 1.90821492927058770002e-10;
+  constexpr Int magic_bits = std::bit_cast<Int>(magic);
+  for (int64_t i = 0; i < n; i += Vector<T>::width) {
+    V v = *(V*)(x + i);
+    V rounder = v * (T)1.44269504088896340736 + magic, whole = rounder - magic;
+    V r = v - whole * log2_high - whole * log2_low;
+    V p = r * inverse_factorial<T>(degree) + inverse_factorial<T>(degree - 1);
+#pragma GCC unroll 16
+    for (int k = degree - 2; k >= 0; k--) p = p * r + inverse_factorial<T>(k);
+    I bits = ((I)rounder + (bias - magic_bits)) << mantissa;
+    *(V*)(x + i) = v < (T)(single ? -87.0 : -708.0) ? V{} : p * (V)bits;
+  }
 }
 
 // Memory that a thread keeps between calls: fresh pages cost more than the arithmetic.
@@ -198,18 +208,17 @@ struct Pass {
       weight[side] = scratch.weight[side].template get<T>(n + W);
     }
 
-    int64_t size = 2 * CHUNK;
-    while (size < n) size *= 2;
-    for (; size >= 2 * CHUNK; size /= 2) {
-      int64_t pairs = (n + size - 1) / size;
-      at::parallel_for(0, pairs, std::max<int64_t>(1, 16384 / size), [&](int64_t begin, int64_t end) {
-        for (int64_t pair = begin; pair < end; pair++) {  // keeps the order inside both halves; list: those who meet
-          int64_t low = pair * size, middle = std::min(low + size / 2, n), high = std::min(low + size, n);
-          Item *to[2] = {next + 2 * low, next + 2 * middle}, *out = list + low;
+    // one level between the tokens begin and end: pairs of blocks of size / 2, their items in order in `from`, then in `to`
+    auto level = [&](int64_t begin, int64_t end, int64_t size, Item* from, Item* to) {
+      int64_t pairs = (end - begin + size - 1) / size;
+      at::parallel_for(0, pairs, std::max<int64_t>(1, 16384 / size), [&](int64_t first, int64_t last) {
+        for (int64_t pair = first; pair < last; pair++) {  // keeps the order inside both halves; list: those who meet
+          int64_t low = begin + pair * size, middle = std::min(low + size / 2, n), high = std::min(low + size, n);
+          Item *half[2] = {to + 2 * low, to + 2 * middle}, *out = list + low;
           for (int64_t i = 2 * low; i < 2 * high; i++) {
-            Item item = items[i];
+            Item item = from[i];
             Item right = (int64_t)(item >> 1) >= middle;
-            *to[right]++ = item;
+            *half[right]++ = item;
             if (middle < high) {
               *out = item;
               out += right == (item & 1);
@@ -217,10 +226,9 @@ struct Pass {
           }
         }
       });
-      std::swap(items, next);
-      at::parallel_for(0, 2 * pairs, std::max<int64_t>(1, 4096 / size), [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; task++) {
-          int64_t low = task / 2 * size, high = std::min(low + size, n), side = task % 2;
+      at::parallel_for(0, 2 * pairs, std::max<int64_t>(1, 4096 / size), [&](int64_t first, int64_t last) {
+        for (int64_t task = first; task < last; task++) {
+          int64_t low = begin + task / 2 * size, high = std::min(low + size, n), side = task % 2;
           if (low + size / 2 >= n) continue;
           weigh(list + low, high - low, side, exponent[side], scale[side], factor[side] + low, weight[side] + low);
           for (int64_t d = 0; d < stride; d += 4 * W) {
@@ -229,7 +237,21 @@ struct Pass {
           }
         }
       });
+    };
+    int64_t size = 2 * CHUNK;
+    while (size < n) size *= 2;
+    for (; size > CACHED; size /= 2) {
+      level(0, n, size, items, next);
+      std::swap(items, next);
     }
+    const int64_t block = size;
+    at::parallel_for(0, (n + block - 1) / block, 1, [&](int64_t first, int64_t last) {
+      for (int64_t begin = first * block; begin < std::min(last * block, n); begin += block) {
+        Item *from = items, *to = next;
+        for (int64_t size = block; size >= 2 * CHUNK; size /= 2, std::swap(from, to))
+          level(begin, std::min(begin + block, n), size, from, to);
+      }
+    });
   }
 
   // The numbers of a walk, in its order. An accumulator or receiver x of scale m takes an item of log weight s:
@@ -507,6 +529,17 @@ void each_head(int64_t groups, int64_t heads, Work work) {
   else some(0, groups);
 }
 
+// An empty tensor. A large one is fresh memory, which comes faster in huge pages.
+at::Tensor empty(at::IntArrayRef sizes, at::TensorOptions options) {
+  auto x = at::empty(sizes, options);
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t page = 1 << 21;
+  const uintptr_t begin = ((uintptr_t)x.data_ptr() + page - 1) / page * page, end = (uintptr_t)x.data_ptr() + x.nbytes();
+  if (end > begin + 16 * page) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+#endif
+  return x;
+}
+
 // lambda_q (B, H, T), lambda_k (B, Hkv, T), v (B, Hkv, T, D), temperature (H) float64, decay (B, H, T) float64 (the running
 // sum of the log decays), bias (B, Hkv, T) float64; v (and below, grad and out) of any strides with dense rows, the others
 // contiguous. out and grad_v lie in memory as (B, T, heads, D), as the projections around the operator want them.
@@ -515,7 +548,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
     const at::Tensor& lambda_q, const at::Tensor& lambda_k, const at::Tensor& v, const at::Tensor& temperature,
     const Maybe& decay, const Maybe& bias) {
   int64_t B = v.size(0), Hkv = v.size(1), n = v.size(2), D = v.size(3), H = lambda_q.size(1);
-  auto out = at::empty({B, n, H, D}, v.options()).transpose(1, 2), diff = at::empty({B, H, n, D}, v.options());
+  auto out = empty({B, n, H, D}, v.options()).transpose(1, 2), diff = empty({B, H, n, D}, v.options());
   auto lse = at::empty({B, H, n}, v.options().dtype(at::kDouble)), diff_one = at::empty({B, H, n}, v.options());
   AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "tau_walk_forward", [&] {
     each_head(B * Hkv, H / Hkv, [&](int64_t group, int64_t head) {
@@ -534,7 +567,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
     const at::Tensor& diff, const at::Tensor& diff_one) {
   int64_t B = v.size(0), Hkv = v.size(1), n = v.size(2), D = v.size(3), H = lambda_q.size(1);
   auto grad_lambda_q = at::empty_like(lambda_q), grad_lambda_k = at::zeros_like(lambda_k);
-  auto grad_v = at::zeros({B, n, Hkv, D}, v.options()).transpose(1, 2);
+  auto grad_v = empty({B, n, Hkv, D}, v.options()).zero_().transpose(1, 2);
   auto grad_weight = at::empty({B, H, n}, v.options().dtype(at::kDouble)), moment = at::empty({B, H}, temperature.options());
   AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "tau_walk_backward", [&] {
     each_head(B * Hkv, H / Hkv, [&](int64_t group, int64_t head) {

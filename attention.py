@@ -56,8 +56,9 @@ def tau_attention(lambda_q, lambda_k, v, temperature, log_decay=None, key_bias=N
     elif impl != "naive" and Tq < T:
         raise ValueError(f"impl={impl!r} needs a query for every key, not {Tq} for {T}")
     with torch.autocast(v.device.type, enabled=False):
-        dtype = torch.float64 if v.dtype is torch.float64 else torch.float32
-        inputs = [lambda_q.to(dtype), lambda_k.to(dtype), v.to(dtype)]
+        slope = log_decay is not None and log_decay.ndim == 1
+        double = v.dtype is torch.float64 or slope and impl == "walk"
+        inputs = [x.to(torch.float64 if double else torch.float32) for x in (lambda_q, lambda_k, v)]
         if impl == "naive":
             return naive(*inputs, temperature, log_decay, key_bias).to(v.dtype)
         scalar = torch.float32 if v.device.type == "mps" else torch.float64  # positions and log weights
@@ -71,8 +72,15 @@ def tau_attention(lambda_q, lambda_k, v, temperature, log_decay=None, key_bias=N
 
 def naive(lambda_q, lambda_k, v, temperature, log_decay=None, key_bias=None):
     """The reference: the definition of tau_attention, line by line."""
+    weights = attention_weights(lambda_q, lambda_k, temperature, log_decay, key_bias)
+    out = weights.unflatten(1, (v.shape[1], -1)).flatten(2, 3) @ v  # (B, Hkv, group * Tq, D)
+    return out.view(*lambda_q.shape, v.shape[-1])
+
+
+def attention_weights(lambda_q, lambda_k, temperature, log_decay=None, key_bias=None):
+    """softmax of the logits of tau_attention, (B, H, Tq, T)."""
     B, H, Tq = lambda_q.shape
-    Hkv, T, D = v.shape[1:]
+    Hkv, T = lambda_k.shape[1:]
     group = H // Hkv
 
     distance = (lambda_q.view(B, Hkv, group, Tq, 1) - lambda_k.view(B, Hkv, 1, 1, T)).abs()  # (B, Hkv, group, Tq, T)
@@ -85,10 +93,8 @@ def naive(lambda_q, lambda_k, v, temperature, log_decay=None, key_bias=None):
         steps = log_decay.double() if log_decay.ndim == 3 else log_decay.double()[:, None].expand(H, T)
         total = steps.cumsum(-1).view(-1, Hkv, group, T)  # (B or 1, Hkv, group, T)
         logits = logits + (total[..., T - Tq:, None] - total[..., None, :]).to(logits.dtype)
-    future = torch.ones(Tq, T, dtype=torch.bool, device=v.device).triu(T - Tq + 1)
-    weights = logits.masked_fill(future, float("-inf")).softmax(-1)
-    out = weights.flatten(2, 3) @ v  # (B, Hkv, group * Tq, D)
-    return out.view(B, H, Tq, D)
+    future = torch.ones(Tq, T, dtype=torch.bool, device=lambda_q.device).triu(T - Tq + 1)
+    return logits.masked_fill(future, float("-inf")).softmax(-1).flatten(1, 2)
 
 
 # The fast ones share an interface: forward gives out and what backward needs of it, the logarithm of the softmax's

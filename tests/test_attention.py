@@ -140,8 +140,7 @@ def test_fast_equals_reference(row):
                 continue  # at a tie any subgradient is right
             assert ours.isfinite().all(), (impl, name)
             least = 1e-2 / row["temperature"] if name.startswith("lambda") else 1e-3  # where the gradient is 0
-            whole_head = name == "temperature" or name == "log_decay" and row["log_decay"] == "head"  # sums over all T
-            bound = (1e-3 if whole_head else tolerance) * max(theirs.abs().max().item(), least)
+            bound = (1e-3 if name == "temperature" else tolerance) * max(theirs.abs().max().item(), least)
             assert (ours - theirs).abs().max().item() <= bound, (impl, name)
 
 
@@ -227,7 +226,7 @@ def test_not_finite(impl):
 def test_walk_does_not_depend_on_its_threads(threads):
     """One head: threads share its levels; more: its heads."""
     for heads in ((1, 1), (2, 4)):
-        arguments = table_inputs(777, 32, heads, 0.05, "uniform", "token", True)
+        arguments = table_inputs(9001, 16, heads, 0.05, "uniform", "token", True)
         expected = value_and_gradients(arguments, "walk", torch.float32)
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
