@@ -1,17 +1,20 @@
-"""Measure: the attention operator, and a whole training step.
+"""Measure: the attention operator, a whole training step, and whether training curves agree.
 
     python bench.py attention                     # against flash SDPA, 256 to 65,536 tokens
     python bench.py train_step --nanogpt=DIR      # the 30M model, and nanoGPT's from a checkout of it
+    python bench.py curves                        # 200 steps of the quick start, by every implementation
 
 What is compared runs in turn, and medians are reported, because a machine is seldom quiet. Tables and figures go to
 results/."""
 
+import functools
 import json
 import multiprocessing
 import statistics
 import subprocess
 import sys
 import time
+import tomllib
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -19,10 +22,15 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import model as model_file
+import taumode
 from attention import tau_attention
 from build_laplacian import laplacian_of, random_distances
 from common import Parser, UserError, peak_rss_mb, replacing, run
+from config import Settings
+from data.corpus import Corpus
 from model import ModelConfig, Tauformer
+from train import domain_laplacian, learning_rate, to_device, training_batch
 
 RESULTS = Path(__file__).parent / "results"
 HEADS, HEAD_SIZE = 6, 64
@@ -173,6 +181,42 @@ def bench_train_step(args):
     write("train_step" + ("_compiled" if args.compile else ""), rows, args)
 
 
+CURVES = [("naive", "float32", False), ("naive", "float32", True), ("walk", "float32", False), ("tree", "float32", False),
+          ("naive", "float64", False), ("walk", "float64", False), ("tree", "float64", False)]
+
+
+def bench_curves(args):
+    """How far the training losses of 200 steps of the quick start are from those of the dense reference, and, for scale,
+    how far those are when one weight matrix starts one rounding error, 1e-7, away."""
+    settings = Settings(**tomllib.loads((Path(__file__).parent / "configs" / "quickstart.toml").read_text()))
+    settings.laplacian = f"{settings.data_dir}/laplacian.parquet"
+    corpus, laplacian, curves, rows = Corpus(settings.data_dir), domain_laplacian(settings), {}, []
+    names = ("n_layer", "n_head", "n_embd", "block_size", "softcap", "temperature")
+    for impl, dtype, moved in CURVES:
+        torch.manual_seed(settings.seed)
+        model = Tauformer(ModelConfig(vocab_size=corpus.vocab_size, **{name: getattr(settings, name) for name in names}), laplacian)
+        model.to(getattr(torch, dtype))
+        if moved:
+            model.blocks[0].attention.query.weight.data.mul_(1 + 1e-7)
+        model_file.tau_attention = functools.partial(tau_attention, impl=impl)
+        batch = lambda step: to_device(training_batch(corpus, settings, settings.block_size, step, 0), torch.device("cpu"))
+        taumode.calibrate(model, [batch(0)[0]], settings)
+        weights = list(model.parameters())
+        optimizer = torch.optim.AdamW(weights, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay)
+        losses = []
+        for step in tqdm(range(200), desc=f"{impl}, {dtype}", disable=None):
+            optimizer.param_groups[0]["lr"] = learning_rate(settings, step, 1.0)
+            losses.append(model(*batch(step)))
+            losses[-1].backward()
+            torch.nn.utils.clip_grad_norm_(weights, settings.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad()
+        curves[impl, dtype, moved] = torch.stack(losses).double()
+        apart = (curves[impl, dtype, moved] - curves["naive", dtype, False]).abs().max().item()
+        rows.append({"impl": impl, "dtype": dtype, "moved": moved, "last_loss": losses[-1].item(), "apart_at_most": f"{apart:.1e}"})
+    write("curves", rows, args)
+
+
 def write(name, rows, args):
     """Print a table and write it, with what it was measured on, to results/NAME.json."""
     columns = list(rows[0])
@@ -189,7 +233,7 @@ def write(name, rows, args):
 
 def main():
     options = Parser(__doc__)
-    options.add_argument("what", choices=("attention", "train_step"))
+    options.add_argument("what", choices=("attention", "train_step", "curves"))
     options.add_argument("--nanogpt", metavar="DIR", help="train_step: a checkout of nanoGPT to measure too")
     options.add_argument("--compile", action="store_true", help="train_step: torch.compile every model")
     options.add_argument("--longest", type=int, default=65536, help="tokens (default: %(default)s)")
@@ -199,7 +243,7 @@ def main():
     for name, least in (("longest", 1024), ("repeats", 1), ("steps", 1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name}={getattr(args, name)} must be at least {least}")
-    {"attention": bench_attention, "train_step": bench_train_step}[args.what](args)
+    {"attention": bench_attention, "train_step": bench_train_step, "curves": bench_curves}[args.what](args)
 
 
 if __name__ == "__main__":

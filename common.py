@@ -51,6 +51,11 @@ def replacing(path):
         os.umask(umask := os.umask(0))
         os.chmod(temporary, 0o666 & ~umask)  # some writers leave it closed to others
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name, too, outlasts a power cut
+        finally:
+            os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,10 +1,13 @@
 """The settings of train.py: a line each with its meaning, read from a TOML file and overridden by --key=value."""
 
+import hashlib
+import json
 import tomllib
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from common import Parser, UserError
+from model import TAU_MODES
 
 POSITIVE = (lambda value: 0 < value < 2**31, "positive and below 2^31")
 NOT_NEGATIVE = (lambda value: 0 <= value < 2**31, "0 or more and below 2^31")
@@ -25,9 +28,11 @@ class Settings:
     data_dir: str = setting("data/python_docs", "prepared corpus: the folder of its train.bin, val.bin, meta.json")
     laplacian: str = setting("", "Laplacian file (default: laplacian.parquet in data_dir); dot attention uses none")
     out_dir: str = setting("", "folder for checkpoints and metrics.jsonl (default: out/NAME of the config)")
-    init_from: str = setting("scratch", "scratch; resume: go on with the run in out_dir; or another run's folder, "
-                                        "whose weights, model and Laplacian to start from")
+    init_from: str = setting("scratch", "scratch; resume: go on with the run in out_dir; auto: resume where it has a "
+                                        "checkpoint, else scratch; or another run's folder, whose weights, model and "
+                                        "Laplacian to start from")
     overwrite: bool = setting(False, "replace the run that out_dir holds")
+    results: str = setting("results/runs.jsonl", "file to which a finished run adds a line")
     # model
     attention: str = setting("tau", "tau, or its twin that scores by dot product: dot", one_of("tau", "dot"))
     block_size: int = setting(1024, "context, tokens", POSITIVE)
@@ -38,8 +43,14 @@ class Settings:
     dropout: float = setting(0.0, "on embeddings and on what attention and MLP add; for small corpora", FRACTION)
     temperature: float = setting(1.0, "of the tau logits -|lambda_q - lambda_k| / temperature", POSITIVE)
     softcap: float = setting(15.0, "logits are softcap * tanh(logits / softcap); 0: as they are", NOT_NEGATIVE)
-    tau_mode: str = setting("fixed", "fixed: tau is the median energy of block 0's keys on one batch at the start",
-                            one_of("fixed"))
+    tau_mode: str = setting("fixed", "fixed: tau is the median energy of block 0's keys on the first batch (published); "
+                            "mean; percentile; adaptive; gradient; learned (taumode.py)", one_of(*TAU_MODES))
+    tau_scope: str = setting("global", "global: block 0's number for every layer and head; head: one each",
+                             one_of("global", "head"))
+    tau_percentile: float = setting(75.0, "of tau_mode percentile", (lambda value: 0 <= value <= 100, "0 to 100"))
+    tau_interval: int = setting(100, "steps between the moves of tau_mode adaptive", POSITIVE)
+    tau_smoothing: float = setting(0.5, "share of log tau that such a move keeps", FRACTION)
+    tau_drift: float = setting(0.1, "|log(median energy / tau)| past which tau_mode gradient moves", NOT_NEGATIVE)
     # a step
     max_steps: int = setting(5000, "optimiser steps of the whole run", NOT_NEGATIVE)
     batch_size: int = setting(16, "sequences in memory at once, on each device", POSITIVE)
@@ -56,12 +67,20 @@ class Settings:
     beta1: float = setting(0.9, "AdamW", FRACTION)
     beta2: float = setting(0.95, "AdamW", FRACTION)
     grad_clip: float = setting(1.0, "greatest norm of the gradient (0: no limit)", NOT_NEGATIVE)
+    spike: float = setting(0.0, "nats above the running mean of the losses, of 50 steps, from which a step is bad (0: none "
+                                "is)", NOT_NEGATIVE)
+    skip_limit: int = setting(0, "bad steps in a row, loss or gradient not finite or a spike, whose update is left out; at "
+                                 "the next one the run stops", NOT_NEGATIVE)
+    ema_decay: float = setting(0.0, "of a running mean of the weights, which is what is validated and what best holds "
+                                    "(0: none)", FRACTION)
     # what is logged, and when
     eval_interval: int = setting(100, "steps between validations", POSITIVE)
     eval_iters: int = setting(20, "batches of a validation, spread evenly over val.bin, the same each time", POSITIVE)
     eval_only: bool = setting(False, "validate the model of init_from, print it, write nothing")
     log_interval: int = setting(10, "steps between lines of the training loss", POSITIVE)
+    diag_interval: int = setting(100, "steps between lines of diagnostics.jsonl, tau only (0: none)", NOT_NEGATIVE)
     checkpoint_interval: int = setting(500, "steps between checkpoints to resume from", POSITIVE)
+    keep_last: int = setting(2, "such checkpoints kept", POSITIVE)
     wandb_log: bool = setting(False, "send the metrics to Weights & Biases too")
     wandb_project: str = setting("tauformer", "its project")
     wandb_run_name: str = setting("", "its name for this run (default: the name of out_dir)")
@@ -71,6 +90,26 @@ class Settings:
     dtype: str = setting("auto", "auto: bfloat16 (autocast) where a CUDA device has it, else float32",
                          one_of("auto", "float32", "bfloat16"))
     compile: bool = setting(False, "torch.compile the model")
+    shard: str = setting("ddp", "of several processes, ddp: each holds the model whole; fsdp: a part of every weight",
+                         one_of("ddp", "fsdp"))
+    dry_run: bool = setting(False, "print parameters, memory, tokens and the time to expect, measured on 3 steps; write "
+                                   "nothing")
+    profile: bool = setting(False, "profile the third to fifth step into out_dir/profile.json (chrome://tracing)")
+
+
+NO_RESULT = ("out_dir", "init_from", "overwrite", "results", "seed", "log_interval", "diag_interval", "checkpoint_interval",
+             "keep_last", "wandb_log", "wandb_project", "wandb_run_name", "dry_run", "profile")  # what does not change a run
+
+
+def config_hash(settings):
+    """The same for runs that differ in their seed, their place and their logs alone."""
+    kept = {name: value for name, value in asdict(settings).items() if name not in NO_RESULT}
+    return hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:12]
+
+
+def changed_settings(settings):
+    """Those that are not at their defaults."""
+    return {f.name: getattr(settings, f.name) for f in fields(settings) if getattr(settings, f.name) != f.default}
 
 
 def checked(name, value, kind, source):

@@ -14,6 +14,7 @@ Transformer", 2026.)
 """
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from attention import tau_attention
 from common import UserError
 
 ENERGY_EPS = NORM_EPS = 1e-6
+TAU_MODES = ("fixed", "mean", "percentile", "adaptive", "gradient", "learned")  # taumode.py
 DOT_SCALE = 1.2  # sharpens the dot twin, whose queries and keys are normed
 LOSS_CHUNK = 128  # tokens whose logits are in memory at once, or a 32nd of the batch if that is more
 
@@ -39,6 +41,7 @@ class ModelConfig:
     dropout: float = 0.0        # on the embeddings and on what each attention and MLP adds
     attention: str = "tau"      # "tau" or "dot"
     temperature: float = 1.0    # of the tau logits
+    tau_mode: str = "fixed"     # learned: tau is a parameter of every key head; else taumode.py sets it
     softcap: float = 15.0       # logits are softcap * tanh(logits / softcap); 0: as they are
 
     def __post_init__(self):
@@ -50,6 +53,8 @@ class ModelConfig:
             raise UserError(f"n_embd={self.n_embd} must be n_head={self.n_head} times an even head size")
         if self.n_head % self.n_kv_head:
             raise UserError(f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}")
+        if self.tau_mode not in TAU_MODES:
+            raise UserError(f"tau_mode={self.tau_mode!r} must be one of {', '.join(TAU_MODES)}")
         if self.attention not in ("tau", "dot"):
             raise UserError(f"attention={self.attention!r} must be tau or dot")
 
@@ -180,20 +185,31 @@ class Attention(nn.Module):
         self.key = nn.Linear(C, config.n_kv_head * D, bias=False)
         self.value = nn.Linear(C, config.n_kv_head * D, bias=False)
         self.out = nn.Linear(config.n_head * D, C, bias=False)
+        if config.attention == "tau":
+            log_tau = torch.zeros(config.n_kv_head)
+            if config.tau_mode == "learned":
+                self.log_tau = nn.Parameter(log_tau)
+            else:
+                self.register_buffer("log_tau", log_tau)
+            self.energies = None  # a list, inside Tauformer.recording()
 
     def heads(self, projection, x, rotary):
         """Queries or keys (B, T, heads, D) of x (B, T, C): projected, rotated, normed."""
         return norm(rope(projection(x).unflatten(-1, (-1, self.config.head_size)), rotary))
 
-    def forward(self, x, rotary, laplacian, tau, cache):
+    def forward(self, x, rotary, laplacian, cache):
         config = self.config
         q = self.heads(self.query, x, rotary)  # (B, T, H, D)
         k = self.heads(self.key, x, rotary)  # (B, T, Hkv, D)
         v = self.value(x).unflatten(-1, (-1, config.head_size)).transpose(1, 2)  # (B, Hkv, T, D)
         if config.attention == "tau":
             group = config.n_head // config.n_kv_head
-            lambda_q = bounded(energy(q, laplacian.repeat_interleave(group, 0)), tau).transpose(1, 2)  # (B, H, T)
-            keys = bounded(energy(k, laplacian), tau).transpose(1, 2)  # (B, Hkv, T)
+            E_q, E_k = energy(q, laplacian.repeat_interleave(group, 0)), energy(k, laplacian)  # (B, T, H), (B, T, Hkv)
+            if self.energies is not None:
+                self.energies.append((E_q.detach(), E_k.detach()))
+            tau = self.log_tau.exp()  # (Hkv,)
+            lambda_q = bounded(E_q, tau.repeat_interleave(group)).transpose(1, 2)  # (B, H, T)
+            keys = bounded(E_k, tau).transpose(1, 2)  # (B, Hkv, T)
         else:
             q, keys = q.transpose(1, 2), k.transpose(1, 2)  # (B, H, T, D), (B, Hkv, T, D)
         if cache is not None:
@@ -319,24 +335,25 @@ class Tauformer(nn.Module):
             if laplacian is None:
                 raise UserError('attention = "tau" needs a Laplacian')
             self.register_buffer("laplacian", head_laplacians(laplacian, config), persistent=False)  # (Hkv, D, D)
-            self.register_buffer("tau", torch.ones(()))
         else:
-            self.laplacian = self.tau = None
+            self.laplacian = None
         self.init_weights()
 
     def init_weights(self):
         """As nanoGPT: every matrix normal with deviation 0.02, those that write to the residual stream (attention.out,
         mlp.down) 0.02 / sqrt(2 n_layer)."""
         for name, weight in self.named_parameters():
-            residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
-            nn.init.normal_(weight, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+            if weight.ndim == 2:
+                residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
 
     def rotary(self, start, stop):
         return self.cos[start:stop], self.sin[start:stop]
 
-    def forward(self, idx, targets=None, cache=None):
+    def forward(self, idx, targets=None, cache=None, head=True):
         """idx (B, T) int64 -> logits (B, T, V); with targets (B, T), the mean loss in nats, a scalar.
-        With a cache, idx are the tokens that follow those in it, and it takes them up.
+        With a cache, idx are the tokens that follow those in it, and it takes them up. Without the head: what it would
+        read, (B, T, C).
         Raises ValueError if the tokens are more than block_size."""
         start = cache.length if cache is not None else 0
         stop = start + idx.size(1)
@@ -344,24 +361,29 @@ class Tauformer(nn.Module):
             raise ValueError(f"{stop} tokens are more than block_size={self.config.block_size}")
         x = self.dropout(self.embedding(idx))  # (B, T, C)
         for block in self.blocks:
-            x = block(x, self.rotary(start, stop), self.laplacian, self.tau, cache)
+            x = block(x, self.rotary(start, stop), self.laplacian, cache)
         if cache is not None:
             cache.length = stop
         x = norm(x)
+        if not head:
+            return x
         if targets is None:
             return softcapped(self.head(x).float(), self.config.softcap)
         return ChunkedLoss.apply(x.flatten(0, 1), self.head.weight, targets.flatten(), self.config.softcap,
                                  torch.is_grad_enabled())
 
-    @torch.no_grad()
-    def key_energies(self, idx):
-        """E of block 0's keys, (B, T, Hkv): what tau is the median of, and the diagnostic of the article."""
-        attention, x = self.blocks[0].attention, norm(self.embedding(idx))
-        return energy(attention.heads(attention.key, x, self.rotary(0, idx.size(1))), self.laplacian)
-
-    def calibrate_tau(self, idx):
-        """Set tau to the median of key_energies(idx), for every layer, as in the published run."""
-        self.tau.fill_(self.key_energies(idx).median().clamp_min(ENERGY_EPS))
+    @contextmanager
+    def recording(self):
+        """Yields a list to which every forward pass inside appends each block's energies, (E_q (B, T, H),
+        E_k (B, T, Hkv)) of its queries and keys."""
+        energies = []
+        try:
+            for block in self.blocks:
+                block.attention.energies = energies
+            yield energies
+        finally:
+            for block in self.blocks:
+                block.attention.energies = None
 
     def parameter_count(self):
         return sum(weight.numel() for weight in self.parameters())

@@ -2,14 +2,18 @@
 
     python plot.py out/quickstart
     python plot.py out/shakespeare_char_tau out/shakespeare_char_dot --out=pair.png
-    python plot.py data/python_docs/laplacian.parquet --out=laplacian.png"""
+    python plot.py data/python_docs/laplacian.parquet --out=laplacian.png
+
+--bands draws, for one run and layer by layer, how the lambdas of the keys of each head spread over time."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 
 import checkpoint
@@ -56,6 +60,30 @@ def draw_energies(axis, runs):
     axis.legend(fontsize="small")
 
 
+def read_diagnostics(folder):
+    """(tokens (N,), lambda_k (N, layers, heads, 3)) of a run's diagnostics.jsonl."""
+    path = folder / "diagnostics.jsonl"
+    if not path.exists():
+        raise UserError(f"{path} does not exist: train.py writes it for tau attention, with diag_interval above 0")
+    try:
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        tokens, lambdas = (np.array([record[name] for record in records], float) for name in ("tokens", "lambda_k"))
+        if lambdas.ndim != 4 or lambdas.shape[3] != 3:
+            raise ValueError("lambda_k must hold three percentiles for each layer and head")
+        return tokens, lambdas
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error})") from None
+
+
+def draw_bands(axis, layer, tokens, lambdas):
+    """lambdas: (N, heads, 3)."""
+    for head, (low, median, high) in enumerate(lambdas.transpose(1, 2, 0)):
+        axis.fill_between(tokens, low, high, color=f"C{head}", alpha=0.15)
+        axis.plot(tokens, median, color=f"C{head}", label=f"key head {head}")
+    axis.set(xlabel="tokens", ylabel="lambda", ylim=(0, 1), title=f"layer {layer}: lambdas of keys, p05, p50, p95")
+    axis.legend(fontsize="small")
+
+
 def draw_spectra(axis, L, config):
     """Eigenvalues of L (F, F) and, of a model's, of the Laplacians that its heads use."""
     axis.plot(torch.linalg.eigvalsh(L), label=f"L, F = {len(L)}")
@@ -66,52 +94,62 @@ def draw_spectra(axis, L, config):
     axis.legend(fontsize="small")
 
 
-def draw_adjacency(figure, axis, L):
+def draw_adjacency(axis, L):
     weights = (L.diag().diag() - L).numpy()
     image = axis.imshow(weights, cmap="magma", interpolation="nearest")
     axis.set(xlabel="feature", ylabel="feature", title="adjacency: edge weights")
-    figure.colorbar(image, ax=axis, shrink=0.8)
+    axis.figure.colorbar(image, ax=axis, shrink=0.8)
+
+
+def overview(sources, folders):
+    """The panels of the usual figure, functions of an axis."""
+    runs, L, config = {str(folder): read_metrics(folder) for folder in folders}, None, None
+    for source in sources:
+        if L is None and source.suffix == ".parquet":
+            L = torch.from_numpy(load_laplacian(source))
+        elif L is None and any(source.glob("*.safetensors")):
+            path = checkpoint.find(source)
+            tensors, header = checkpoint.read(path)
+            L, config = tensors.get("laplacian"), checkpoint.build_model(tensors, header, path).config
+    panels = [partial(draw_losses, runs=runs, key=key, label=label)
+              for key, label in (("tokens", "tokens"), ("elapsed_s", "seconds")) if runs]
+    if any("tau" in record for metrics in runs.values() for record in metrics["val"]):
+        panels.append(partial(draw_energies, runs=runs))
+    if L is not None:
+        panels += [partial(draw_spectra, L=L, config=config), partial(draw_adjacency, L=L)]
+    return panels
 
 
 def main():
     options = Parser(__doc__)
     options.add_argument("sources", nargs="+", type=Path, metavar="OUT_DIR_OR_LAPLACIAN")
     options.add_argument("--out", type=Path, help="(default: figure.png in the first OUT_DIR)")
+    options.add_argument("--bands", action="store_true", help="the energies of every layer and head instead (bands.png)")
     options.add_argument("--overwrite", action="store_true", help="replace a figure that is there already")
     args = options.parse_args()
 
-    runs, L, config = {}, None, None
-    for source in args.sources:
-        if source.suffix == ".parquet":
-            L = torch.from_numpy(load_laplacian(source)) if L is None else L
-            continue
-        runs[str(source)] = read_metrics(source)
-        if L is None and any(source.glob("*.safetensors")):
-            path = checkpoint.find(source)
-            tensors, header = checkpoint.read(path)
-            L, config = tensors.get("laplacian"), checkpoint.build_model(tensors, header, path).config
-    if not runs and args.out is None:
+    folders = [source for source in args.sources if source.suffix != ".parquet"]
+    if args.bands and len(args.sources) != 1 or args.bands and not folders:
+        raise UserError("--bands takes one output folder of train.py")
+    if not folders and args.out is None:
         raise UserError("--out=FILE.png is missing")
-    out = args.out or next(source for source in args.sources if source.suffix != ".parquet") / "figure.png"
+    out = args.out or folders[0] / ("bands.png" if args.bands else "figure.png")
     if out.suffix != ".png":
         raise UserError(f"--out={out} must end in .png")
     refuse_existing(out, args.overwrite)
 
-    energies = any("tau" in record for metrics in runs.values() for record in metrics["val"])
-    panels = 2 * bool(runs) + energies + 2 * (L is not None)
-    rows, columns = -(-panels // 3), min(panels, 3)
+    if args.bands:
+        tokens, lambdas = read_diagnostics(folders[0])
+        panels = [partial(draw_bands, layer=layer, tokens=tokens, lambdas=lambdas[:, layer]) for layer in range(lambdas.shape[1])]
+    else:
+        panels = overview(args.sources, folders)
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(5.5 * columns, 4.5 * rows), layout="constrained", squeeze=False)
-    for unused in axes.flat[panels:]:
+    for axis, draw in zip(axes.flat, panels):
+        draw(axis)
+    for unused in axes.flat[len(panels):]:
         unused.remove()
-    axes = iter(axes.flat)
-    if runs:
-        draw_losses(next(axes), runs, "tokens", "tokens")
-        draw_losses(next(axes), runs, "elapsed_s", "seconds")
-    if energies:
-        draw_energies(next(axes), runs)
-    if L is not None:
-        draw_spectra(next(axes), L, config)
-        draw_adjacency(figure, next(axes), L)
     with replacing(out) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     print(f"figure: {out}")

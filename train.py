@@ -3,33 +3,40 @@
     python train.py configs/quickstart.toml --learning_rate=1e-3
     torchrun --nproc_per_node=8 train.py configs/tau_30m.toml
 
-Writes metrics.jsonl, last.safetensors and best.safetensors to out/NAME, NAME being the config's."""
+Writes metrics.jsonl, diagnostics.jsonl, checkpoints to resume from and best.safetensors to out/NAME, NAME being the
+config's. SIGTERM and SIGINT (Ctrl-C) finish the step, save and end, a second one ends at once; SIGUSR1 saves."""
 
 import json
 import math
 import os
+import signal
+import subprocess
+import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
+import processes
+import taumode
 from build_laplacian import load_laplacian
 from common import UserError, choose_device, peak_rss_mb, replacing, run
-from config import parse
+from config import changed_settings, config_hash, parse
 from data.corpus import Corpus
+from diagnostics import collapses, diagnose
 from model import ModelConfig, Tauformer
+from processes import LOCAL_RANK, RANK, WORLD, no_sync, summed, whole
 
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
               "4090": 165e12, "3090": 71e12}  # dense bfloat16, by a part of the device's name
 LOWEST_SCALE = 0.03125  # of the plateau rule: 5 halvings, the published run's last
-REPLACED = ("last.safetensors", "best.safetensors", "metrics.jsonl")
+MEMORY = 0.98  # of the running mean of the losses, a step: that of 50 steps
+DIAGNOSED = 4  # validation windows that diagnostics are made of
 
 
 def choose_dtype(name, device):
@@ -50,31 +57,31 @@ def domain_laplacian(settings):
 
 
 def started_model(settings, given, corpus):
-    """(model, laplacian, tensors, state): the model to start with; of a resumed run, also its checkpoint's tensors
-    and the state of the script."""
+    """(model, laplacian, checkpoint): the model to start with; of a resumed run also its (path, tensors, header)."""
     names = [f.name for f in fields(ModelConfig) if f.name != "vocab_size"]
     if settings.init_from == "scratch":
         laplacian = domain_laplacian(settings)
         config = ModelConfig(vocab_size=corpus.vocab_size, **{name: getattr(settings, name) for name in names})
         check_length(settings, corpus, config.block_size)
         try:
-            return Tauformer(config, laplacian), laplacian, None, None
+            return Tauformer(config, laplacian), laplacian, None
         except (RuntimeError, MemoryError) as error:
             raise UserError(f"the model does not fit into memory: lower n_layer = {config.n_layer} or n_embd = "
                             f"{config.n_embd} ({str(error).splitlines()[0]})") from None
 
     resume = settings.init_from == "resume"
-    path = Path(settings.out_dir) / "last.safetensors" if resume else checkpoint.find(settings.init_from)
-    if resume and not path.exists():
-        raise UserError(f"nothing to resume: {path} does not exist; start with --init_from=scratch")
-    tensors, header = checkpoint.read(path)
+    if resume:
+        path, tensors, header = checkpoint.to_resume(settings.out_dir)
+    else:
+        path = checkpoint.find(settings.init_from)
+        tensors, header = checkpoint.read(path)
     if header["tokenizer"] != corpus.tokenizer.to_json():
         raise UserError(f"the vocabulary of {settings.data_dir} ({corpus.vocab_size} tokens) is not the one of {path} "
                         f"({header['config'].get('vocab_size')}): prepare the text with --tokenizer={path.parent}")
     changes = {}
     for name in sorted(given.intersection(names)):
         ours, theirs = getattr(settings, name), header["config"].get(name)
-        if name in ("block_size", "dropout"):
+        if name in ("block_size", "dropout") or name == "tau_mode" and not resume:
             changes[name] = ours
         elif ours != theirs and not (name == "n_kv_head" and ours == 0):
             raise UserError(f"{name} = {ours!r}, but {path} has {theirs!r}: leave it out")
@@ -86,7 +93,7 @@ def started_model(settings, given, corpus):
                             f"or start a run from this one with --init_from={settings.out_dir} --out_dir=OTHER")
     check_length(settings, corpus, changes.get("block_size", header["config"].get("block_size", 0)))
     model = checkpoint.build_model(tensors, header, path, laplacian, **changes)
-    return model, laplacian, *((tensors, header["run"]) if resume else (None, None))
+    return model, laplacian, (path, tensors, header) if resume else None
 
 
 def check_length(settings, corpus, T):
@@ -129,9 +136,11 @@ def to_device(batch, device):
     return batch[:, :-1], batch[:, 1:]
 
 
-def metrics_until(path, step):
-    """The text of metrics.jsonl without the lines that a resume from `step` will write again."""
+def lines_until(path, step):
+    """The text of a file of lines without those that a resume from `step` will write again."""
     kept = []
+    if not path.exists():
+        return ""
     try:
         for line in path.read_text().splitlines(keepends=True):
             if not line.endswith("\n") or json.loads(line)["step"] > step:
@@ -156,214 +165,383 @@ def wandb_run(settings, state):
         raise UserError(f"wandb cannot start ({error}): log in, or set WANDB_MODE=offline") from None
 
 
+def commit():
+    """Of the code that runs; None outside a git checkout."""
+    done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"], capture_output=True,
+                          text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip() or None
+
+
+def finished(settings, state, model, corpus, tokens_per_step, seconds):
+    """Add the line of a finished run to the settings' results file."""
+    path = Path(settings.results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = {"run": settings.out_dir, "config": config_hash(settings), "seed": settings.seed, "commit": commit(),
+            "data": corpus.meta["sha256"][:12], "parameters": model.parameter_count(), "steps": state["step"],
+            "tokens": state["step"] * tokens_per_step, "seconds": round(seconds, 1), "best_loss": state["best_loss"],
+            "settings": changed_settings(settings)}
+    with open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def profiled(path):
+    """A started profiler of the third to fifth step, which writes its trace to `path`."""
+    def write(profiler):
+        with replacing(path) as temporary:
+            profiler.export_chrome_trace(str(temporary))
+        tqdm.write(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15), file=sys.stderr)
+    profiler = torch.profiler.profile(schedule=torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1), on_trace_ready=write)
+    profiler.start()
+    return profiler
+
+
+def heed_signals(asked):
+    """From now on signals set asked["stop"] and asked["save"]."""
+    def stop(number, frame):
+        asked["stop"] = True
+        signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGUSR1, lambda number, frame: asked.update(save=True))
+
+
+@contextmanager
+def memory_errors_named(settings):
+    """Out of memory ends the run with one line."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
+            raise
+        raise SystemExit(f"train.py: out of memory: lower batch_size = {settings.batch_size} (and raise grad_accum_steps = "
+                         f"{settings.grad_accum_steps} in its place), or block_size = {settings.block_size} "
+                         f"({str(error).splitlines()[0]})") from None
+
+
+def memory_needed(model, settings):
+    """Bytes of a training step in float32, by counting what is kept: weights, gradients and AdamW's two means, and for
+    each token and layer, in units of the width C, the norms' results (2), q, k, v, the attention's result (and, for tau,
+    its signed twin), and the MLP's hidden layer (4). Smaller things are left out."""
+    config = model.config
+    keys = config.n_kv_head / config.n_head
+    kept = 2 + 1 + 2 * keys + (2 if config.attention == "tau" else 1) + 4
+    tokens = settings.batch_size * config.block_size
+    logits = 3 * max(128, tokens / 32) * config.vocab_size
+    weights = model.parameter_count() * (5 if settings.ema_decay else 4)
+    return 4 * (weights + tokens * config.n_layer * config.n_embd * kept + logits)
+
+
 def main():
     settings, given = parse(__doc__)
+    with memory_errors_named(settings):
+        train(settings, given)
+    processes.part()
 
-    # processes: one, or those that torchrun started
-    rank, local_rank, world = (int(os.environ.get(name, default))
-                               for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    master = rank == 0
-    device = choose_device(settings.device, local_rank)
+
+def train(settings, given):
+    master = RANK == 0
+    device = choose_device(settings.device, LOCAL_RANK)
     dtype = choose_dtype(settings.dtype, device)
-    if settings.grad_accum_steps % world:
-        raise UserError(f"grad_accum_steps = {settings.grad_accum_steps} must be a multiple of {world} processes")
+    if settings.grad_accum_steps % WORLD:
+        raise UserError(f"grad_accum_steps = {settings.grad_accum_steps} must be a multiple of {WORLD} processes")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")  # tf32 where the device has it
 
     # data, model: everything that can be the user's mistake is found before the output folder is touched
     corpus = Corpus(settings.data_dir)
-    torch.manual_seed(settings.seed)
-    raw_model, laplacian, tensors, state = started_model(settings, given, corpus)
-    T = raw_model.config.block_size
     out_dir = Path(settings.out_dir)
-    metrics_path = out_dir / "metrics.jsonl"
-    resume = state is not None
-    held = [name for name in REPLACED if (out_dir / name).exists()]
-    if held and not (resume or settings.overwrite or settings.eval_only):
-        raise UserError(f"{out_dir} holds a run already ({', '.join(held)}): give --init_from=resume, "
-                        "--overwrite=True, or another --out_dir")
-    past = metrics_until(metrics_path, state["step"]) if resume and not settings.eval_only else ""
+    if (settings.init_from == "auto" or processes.RESTARTS) and checkpoint.steps(out_dir):
+        settings.init_from = "resume"
+    elif settings.init_from == "auto":
+        settings.init_from = "scratch"
+    torch.manual_seed(settings.seed)
+    raw_model, laplacian, resumed = started_model(settings, given, corpus)
+    config, T = raw_model.config, raw_model.config.block_size
+    settings.tau_mode = config.tau_mode
+    logs = out_dir / "metrics.jsonl", out_dir / "diagnostics.jsonl"
+    held = [path for path in (*checkpoint.steps(out_dir), out_dir / "best.safetensors", *logs) if path.exists()]
+    only_looks = settings.eval_only or settings.dry_run
+    resume = resumed is not None
+    if held and not (resume or settings.overwrite or only_looks):
+        raise UserError(f"{out_dir} holds a run already ({', '.join(path.name for path in held)}): give "
+                        "--init_from=resume, --overwrite=True, or another --out_dir")
+    state = {"step": 0, "best_loss": math.inf, "stale": 0, "lr_scale": 1.0, "elapsed_s": 0.0, "loss_average": None, "bad": 0,
+             "skipped": 0, "narrow": {}}
+    if resume:
+        state = resumed[2]["run"]
+    past = [lines_until(path, state["step"]) for path in logs] if state["step"] and not only_looks else ("", "")
     if settings.eval_only and settings.init_from == "scratch":
         raise UserError("eval_only needs a trained model: give --init_from=resume or --init_from=OUT_DIR")
 
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    raw_model.to(device)
-    model = torch.compile(raw_model) if settings.compile else raw_model
-    if world > 1:
-        model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
-    if raw_model.tau is not None and not (resume or settings.eval_only):
-        raw_model.calibrate_tau(to_device(training_batch(corpus, settings, T, 0, 0), device)[0])
+    # on to the devices
+    processes.meet(device)
+    model = processes.wrapped(raw_model, device, settings.shard, settings.compile)
     weights = list(raw_model.parameters())
     optimizer = torch.optim.AdamW(
         [{"params": [w for w in weights if w.ndim >= 2], "weight_decay": settings.weight_decay},
          {"params": [w for w in weights if w.ndim < 2], "weight_decay": 0.0}],
         lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=True)
-    if resume:
-        checkpoint.restore_optimizer(optimizer, raw_model, tensors, out_dir / "last.safetensors")
-    state = state or {"step": 0, "best_loss": math.inf, "stale": 0, "lr_scale": 1.0, "elapsed_s": 0.0}
-    del tensors
-
     autocast = torch.autocast(device.type, dtype) if dtype is torch.bfloat16 else nullcontext()
     tokens_per_step = settings.grad_accum_steps * settings.batch_size * T
     windows = validation_starts(corpus, settings, T)
-    micro_batches = range(rank, settings.grad_accum_steps, world)
+    micro_batches = range(RANK, settings.grad_accum_steps, WORLD)
 
-    def summed(value):
-        """The sum over all processes of a number."""
-        if world > 1:
-            value = torch.tensor(value, dtype=torch.float64, device=device)
-            dist.all_reduce(value)
-            value = value.item()
-        return value
+    def step_batches():
+        """The idx (B, T) of this process's batches of the step to come."""
+        return (to_device(training_batch(corpus, settings, T, state["step"], micro), device)[0] for micro in micro_batches)
+
+    if config.attention == "tau" and not (resume or settings.eval_only):
+        with autocast:
+            taumode.calibrate(raw_model, step_batches(), settings)
+    ema = [weight.detach().clone() for weight in weights] if settings.ema_decay else None
+    if resume and state["step"]:
+        checkpoint.restore(raw_model, optimizer, ema, *resumed[:2])
+    del resumed
+
+    asked = {"stop": False, "save": False}  # by signals, of this process
+
+    @contextmanager
+    def averaged():
+        """Inside it, the weights are their running mean, where there is one."""
+        def swap():
+            for weight, mean in zip(weights, ema or ()):
+                held = weight.detach().clone()
+                weight.data.copy_(mean)
+                mean.copy_(held)
+        swap()
+        yield
+        swap()
 
     @torch.no_grad()
     def validate():
-        """The mean loss over the validation windows, nats a token."""
+        """(mean loss over the validation windows, nats a token; block 0's key energies on the first of them)."""
         raw_model.eval()
-        total = 0.0
-        for at in range(rank * settings.batch_size, len(windows), world * settings.batch_size):
-            starts = windows[at:at + settings.batch_size]
-            with autocast:
-                total += raw_model(*to_device(corpus.batch(starts, T, "val"), device)).item() * len(starts)
+        total, E = 0.0, None
+        for at in range(0, len(windows), WORLD * settings.batch_size):
+            starts = windows[at + RANK * settings.batch_size:][:settings.batch_size]
+            idx, targets = to_device(corpus.batch(starts if len(starts) else windows[:1], T, "val"), device)
+            with autocast, raw_model.recording() as energies:
+                total += raw_model(idx, targets).item() * len(starts)
+            E = energies[0][1] if energies and E is None else E
         raw_model.train()
-        return summed(total) / len(windows)
+        return summed([total], device)[0] / len(windows), E
 
     def validation_record():
-        loss = validate()
+        with averaged():
+            loss, E = validate()
         record = {"step": state["step"], "tokens": state["step"] * tokens_per_step, "split": "val", "loss": loss,
                   "perplexity": math.exp(min(loss, 700)), "bits_per_byte": corpus.bits_per_byte(loss)}
-        if raw_model.tau is not None:
-            E = raw_model.key_energies(to_device(corpus.batch(windows[:settings.batch_size], T, "val"), device)[0])
+        if E is not None:
             percentiles = np.percentile(E.cpu().numpy(), (5, 50, 95))
-            record |= {"tau": raw_model.tau.item()} | dict(zip(("E_p05", "E_p50", "E_p95"), percentiles.tolist()))
+            record |= {"tau": taumode.tau_of(raw_model)[0].median().item()}
+            record |= dict(zip(("E_p05", "E_p50", "E_p95"), percentiles.tolist()))
         return record
 
     def shown(record):
         return (f"validation loss {record['loss']:.4f}, perplexity {record['perplexity']:.1f}, "
                 f"bits per byte {record['bits_per_byte']:.3f}")
 
+    def training_step():
+        """One step: (loss, norm of the gradient, whether to stop, whether to save), the last two as signals to any
+        process asked. The update is made unless the step is bad."""
+        step = state["step"]
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step, state["lr_scale"])
+        total = torch.zeros((), device=device)
+        for micro in micro_batches:
+            torch.manual_seed(np.random.SeedSequence([settings.seed, step, micro]).generate_state(1)[0].item())
+            idx, targets = to_device(training_batch(corpus, settings, T, step, micro), device)
+            with no_sync(model) if micro != micro_batches[-1] else nullcontext():
+                with autocast:
+                    loss = model(idx, targets) / len(micro_batches)  # the processes' gradients are averaged
+                loss.backward()
+            total += loss.detach()
+        grad_norm = whole(torch.nn.utils.clip_grad_norm_(weights, settings.grad_clip or math.inf)).item()
+        loss, to_stop, to_save = summed([total.item() / WORLD, asked["stop"], asked["save"]], device)
+        asked["save"] = False
+        average = loss if state["loss_average"] is None else state["loss_average"]
+        if not math.isfinite(loss + grad_norm) or settings.spike and loss > average + settings.spike:
+            state["bad"] += 1
+            state["skipped"] += 1
+            if state["bad"] > settings.skip_limit:
+                stop(f"step {step + 1} is bad: loss {loss:.4g}, running mean {average:.4g}, norm of the gradient {grad_norm:.4g}")
+        else:
+            state["bad"], state["loss_average"] = 0, MEMORY * average + (1 - MEMORY) * loss
+            optimizer.step()
+            with torch.no_grad():
+                for weight, mean in zip(weights, ema or ()):
+                    mean.lerp_(weight, 1 - settings.ema_decay)
+        optimizer.zero_grad(set_to_none=True)
+        state["step"] += 1
+        return loss, grad_norm, to_stop, to_save
+
+    def stop(what):
+        good = checkpoint.steps(out_dir)
+        raise SystemExit(f"train.py: {what}; " + (f"{good[0]} is the last good checkpoint; " if good and not only_looks else "")
+                         + f"try a learning_rate lower than {settings.learning_rate}, or a skip_limit above "
+                         f"{settings.skip_limit} (bad steps in a row that are left out)")
+
     if settings.eval_only:
         record = validation_record()
         if master:
             print(shown(record))
+        return
+    if settings.dry_run:
+        training_step()
+        begin = time.perf_counter()
+        for _ in range(3):
+            training_step()
+        seconds = (time.perf_counter() - begin) / 3
+        if master:
+            left = settings.max_steps - (state["step"] - 4)
+            print(f"parameters       {raw_model.parameter_count():,}\n"
+                  f"tokens           {tokens_per_step:,} a step, {tokens_per_step * settings.max_steps:,} in all\n"
+                  f"memory           {memory_needed(raw_model, settings) / 2**30:.2f} GB on each device by counting in float32, "
+                  f"{peak_mem_mb(device) / 2**10:.2f} GB at the peak of these steps\n"
+                  f"time             {seconds:.2f} s a step, {tokens_per_step / seconds:,.0f} tokens/s, "
+                  f"{seconds * left / 3600:.2f} h for {left:,} steps, without validation")
         return
     if state["step"] >= settings.max_steps and resume:
         if master:
             print(f"{out_dir} is at step {state['step']} already: nothing to do")
         return
 
+    # the output folder
     if master:
         out_dir.mkdir(parents=True, exist_ok=True)
         wandb_log = wandb_run(settings, state) if settings.wandb_log else None
         if wandb_log is not None:
             state["wandb_id"] = wandb_log.id
-        if resume:
-            with replacing(metrics_path) as temporary:
-                temporary.write_text(past)
-        else:
-            for name in held:
-                (out_dir / name).unlink()
-        print(f"{out_dir}: {raw_model.parameter_count() / 1e6:.2f} M parameters, {raw_model.config.attention} attention"
-              + (f" with tau = {raw_model.tau.item():.4g}" if raw_model.tau is not None else "")
-              + f", {tokens_per_step:,} tokens a step, on {world} x {device.type}, {str(dtype).removeprefix('torch.')}")
+        later = [path for path in checkpoint.steps(out_dir) if path > checkpoint.step_path(out_dir, state["step"])]
+        for path in [*(later if resume else held), *out_dir.glob(".*.tmp")]:  # of a run that was killed
+            path.unlink()
+        for path, text in zip(logs, past):
+            if text:
+                with replacing(path) as temporary:
+                    temporary.write_text(text)
+            else:
+                path.unlink(missing_ok=True)
+        tau = taumode.tau_of(raw_model)
+        print(f"{out_dir}: {raw_model.parameter_count() / 1e6:.2f} M parameters, {config.attention} attention"
+              + (f" with tau = {tau[0].median().item():.4g} ({settings.tau_mode})" if tau is not None else "")
+              + f", {tokens_per_step:,} tokens a step, on {WORLD} x {device.type}, {str(dtype).removeprefix('torch.')}")
     progress = tqdm(total=settings.max_steps, initial=state["step"], unit=" steps", disable=None if master else True,
                     dynamic_ncols=True)
     begin = time.perf_counter() - state["elapsed_s"]
 
     def log(record):
-        if not master:
-            return
-        record |= {"elapsed_s": time.perf_counter() - begin, "peak_mem_mb": peak_mem_mb(device)}
-        with open(metrics_path, "a") as file:
-            file.write(json.dumps(record) + "\n")
-        if wandb_log is not None:
-            split = record["split"]
-            wandb_log.log({f"{split}/{key}": value for key, value in record.items() if key != "split"},
-                          step=record["step"])
-
-    def stop_unless_finite(good, what):
-        if not good:
-            last = out_dir / "last.safetensors"
-            raise SystemExit(f"train.py: {what} at step {state['step']} is not finite: "
-                             + (f"{last} is the last good checkpoint; " if last.exists() else "")
-                             + f"try a learning_rate lower than {settings.learning_rate}")
-
-    def save(name, with_optimizer):
-        stop_unless_finite(all(weight.isfinite().all() for weight in weights), "a weight")
         if master:
-            state["elapsed_s"] = time.perf_counter() - begin
-            checkpoint.write(out_dir / name, raw_model, laplacian, corpus.tokenizer.to_json(),
-                             {**state, "settings": asdict(settings)}, optimizer if with_optimizer else None)
+            record |= {"elapsed_s": time.perf_counter() - begin, "peak_mem_mb": peak_mem_mb(device)}
+            with open(logs[0], "a") as file:
+                file.write(json.dumps(record) + "\n")
+            if wandb_log is not None:
+                split = record["split"]
+                wandb_log.log({f"{split}/{key}": value for key, value in record.items() if key != "split"},
+                              step=record["step"])
+
+    def save():
+        """A checkpoint to resume from; of the older ones, keep_last - 1 stay."""
+        tensors = checkpoint.snapshot(raw_model, optimizer if state["step"] else None, ema)
+        if master:
+            write(checkpoint.step_path(out_dir, state["step"]), tensors)
+            for path in checkpoint.steps(out_dir)[settings.keep_last:]:
+                path.unlink()
+
+    def write(path, tensors):
+        bad = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+        if bad:
+            stop(f"{bad} at step {state['step']} is not finite")
+        for log in logs:  # what the checkpoint counts on is on the disk before it
+            if log.exists():
+                with open(log, "r+b") as file:
+                    os.fsync(file.fileno())
+        state["elapsed_s"] = time.perf_counter() - begin
+        checkpoint.write(path, tensors, laplacian, config, corpus.tokenizer.to_json(), state | {"settings": asdict(settings)})
 
     def evaluate():
-        """Validate, log, keep the best, and apply the plateau rule."""
+        """Validate, log, keep the best; then the plateau rule, and the one of tau_mode = "gradient"."""
         record = validation_record()
-        stop_unless_finite(math.isfinite(record["loss"]), "the validation loss")
+        if not math.isfinite(record["loss"]):
+            stop(f"the validation loss at step {state['step']} is not finite")
         log(record)
         if master:
             progress.write(f"step {state['step']:>5}: {shown(record)}")
         if record["loss"] < state["best_loss"]:
             state["best_loss"], state["stale"] = record["loss"], 0
-            save("best.safetensors", with_optimizer=False)
+            with averaged():
+                tensors = checkpoint.snapshot(raw_model)
+                if master:
+                    write(out_dir / "best.safetensors", tensors)
+            if settings.tau_mode == "gradient" and state["step"]:
+                move_tau(taumode.follow)
         else:
             state["stale"] += 1
             if settings.lr_schedule == "plateau" and state["stale"] >= settings.plateau_patience:
                 state["lr_scale"], state["stale"] = max(state["lr_scale"] / 2, LOWEST_SCALE), 0
 
-    if not resume:
+    def move_tau(move):
+        if config.attention == "tau":
+            with autocast:
+                move(raw_model, step_batches(), settings)
+
+    def look():
+        """A line of diagnostics.jsonl."""
+        with autocast:
+            record = diagnose(raw_model, to_device(corpus.batch(windows[:DIAGNOSED], T, "val"), device)[0])
+        for line in collapses(record, state["narrow"]) if master else ():
+            progress.write(f"step {state['step']:>5}: {line}")
+        if master:
+            with open(logs[1], "a") as file:
+                file.write(json.dumps({"step": state["step"], "tokens": state["step"] * tokens_per_step} | record) + "\n")
+
+    heed_signals(asked)
+    looks = settings.diag_interval and config.attention == "tau"
+    profiler = profiled(out_dir / "profile.json") if settings.profile and master else None
+    if state["step"] == 0:
+        if not resume:
+            save()
+        if looks:
+            look()
         evaluate()
     trained_s, trained_tokens = 0.0, 0
-    while state["step"] < settings.max_steps:
+    to_stop = False
+    while state["step"] < settings.max_steps and not to_stop:
         step_begin = time.perf_counter()
-        lr = learning_rate(settings, state["step"], state["lr_scale"])
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        total = torch.zeros((), device=device)
-        for micro in micro_batches:
-            torch.manual_seed(np.random.SeedSequence([settings.seed, state["step"], micro]).generate_state(1)[0].item())
-            idx, targets = to_device(training_batch(corpus, settings, T, state["step"], micro), device)
-            with model.no_sync() if world > 1 and micro != micro_batches[-1] else nullcontext():
-                with autocast:
-                    loss = model(idx, targets) / len(micro_batches)  # the processes' gradients are averaged
-                loss.backward()
-            total += loss.detach()
-        grad_norm = torch.nn.utils.clip_grad_norm_(weights, settings.grad_clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        state["step"] += 1
+        loss, grad_norm, to_stop, to_save = training_step()
         step, last = state["step"], state["step"] == settings.max_steps
-        trained_tokens += tokens_per_step
-
-        logged = step == 1 or step % settings.log_interval == 0
-        if logged:
-            loss = summed(total.item()) / world
-            stop_unless_finite(math.isfinite(loss), "the loss")
-        trained_s += time.perf_counter() - step_begin
-        if logged:
+        trained_s, trained_tokens = trained_s + time.perf_counter() - step_begin, trained_tokens + tokens_per_step
+        if step == 1 or step % settings.log_interval == 0:
             speed = trained_tokens / trained_s
-            log({"step": step, "tokens": step * tokens_per_step, "split": "train", "loss": loss, "lr": lr,
-                 "grad_norm": grad_norm.item(), "tokens_per_s": speed})
+            log({"step": step, "tokens": step * tokens_per_step, "split": "train", "loss": loss,
+                 "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm, "skipped": state["skipped"], "tokens_per_s": speed})
             trained_s, trained_tokens = 0.0, 0
             flops = speed * raw_model.flops_per_token()
             peak = next((peak for part, peak in PEAK_FLOPS.items()
                          if device.type == "cuda" and part in torch.cuda.get_device_name()), None)
             progress.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s, {flops / 1e9:,.0f} GFLOP/s"
-                                     + (f", MFU {flops / world / peak:.1%}" if peak else ""), refresh=False)
+                                     + (f", MFU {flops / WORLD / peak:.1%}" if peak else ""), refresh=False)
         progress.update()
+        if settings.tau_mode == "adaptive" and step % settings.tau_interval == 0:
+            move_tau(taumode.adapt)
+        if looks and (step % settings.diag_interval == 0 or last):
+            look()
         if step % settings.eval_interval == 0 or last:
             evaluate()
-        if step % settings.checkpoint_interval == 0 or last:
-            save("last.safetensors", with_optimizer=True)
+        if last and master:
+            finished(settings, state, raw_model, corpus, tokens_per_step, time.perf_counter() - begin)
+        if step % settings.checkpoint_interval == 0 or last or to_stop or to_save:
+            save()
+        if profiler is not None:
+            profiler.step()
 
     progress.close()
     if master:
         if wandb_log is not None:
             wandb_log.finish()
-        print(f"{out_dir}: best validation loss {state['best_loss']:.4f}")
-    if world > 1:
-        dist.destroy_process_group()
+        print(f"{out_dir}: best validation loss {state['best_loss']:.4f}" if state["step"] == settings.max_steps else
+              f"{out_dir}: stopped and saved at step {state['step']}: --init_from=resume goes on")
 
 
 if __name__ == "__main__":

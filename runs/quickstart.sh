@@ -11,11 +11,7 @@ out=out/quickstart
 [ -f $data/embeddings.npy ] || show python data/embed.py $data --dim=128
 [ -f $data/laplacian.parquet ] || show python build_laplacian.py $data/embeddings.npy --out=$data/laplacian.parquet
 
-if [ -f $out/last.safetensors ]; then
-    show python train.py configs/quickstart.toml --init_from=resume "$@"
-else
-    show python train.py configs/quickstart.toml --overwrite=True "$@"
-fi
+show python train.py configs/quickstart.toml --init_from=auto "$@"
 
 show python plot.py $out --overwrite
 show python sample.py $out --prompt="Return the" --max_new_tokens=120

@@ -21,12 +21,10 @@ fi
 [ -f $data/laplacian.parquet ] || show python build_laplacian.py $data/embeddings.npy --out=$data/laplacian.parquet
 
 for attention in tau $twin; do
-    from=--overwrite=True
-    [ -f out/${attention}_30m/last.safetensors ] && from=--init_from=resume
     if [ "$gpus" -gt 1 ]; then  # 8 batches of 16 sequences a step, shared out: 1, 2, 4 or 8 GPUS
-        show torchrun --standalone --nproc_per_node="$gpus" train.py configs/${attention}_30m.toml $from
+        show torchrun --standalone --nproc_per_node="$gpus" train.py configs/${attention}_30m.toml --init_from=auto
     else
-        show python train.py configs/${attention}_30m.toml $from
+        show python train.py configs/${attention}_30m.toml --init_from=auto
     fi
 done
 

@@ -64,17 +64,31 @@ eval_interval = 5
 eval_iters = 4
 log_interval = 2
 checkpoint_interval = 10
+diag_interval = 10
 """
+
+
+def prepare(folder):
+    """docs/ with corpus, embeddings and Laplacian, and small.toml."""
+    ok("data/python_docs/prepare.py", "--out_dir=docs", "--vocab_size=300", cwd=folder)
+    ok("data/embed.py", "docs", "--dim=32", cwd=folder)
+    ok("build_laplacian.py", "docs/embeddings.npy", "--out=docs/laplacian.parquet", cwd=folder)
+    (folder / "small.toml").write_text(CONFIG)
 
 
 @pytest.fixture(scope="session")
 def work(tmp_path_factory):
-    """A folder as a user has it after the first steps: docs/ with corpus, embeddings and Laplacian, small.toml, and
-    out/small, the run of it. Tests write only to folders of their own."""
+    """A folder as a user has it after the first steps: what prepare() makes, and out/small, the run of it. Tests write
+    only to folders of their own."""
     work = tmp_path_factory.mktemp("work")
-    ok("data/python_docs/prepare.py", "--out_dir=docs", "--vocab_size=300", cwd=work)
-    ok("data/embed.py", "docs", "--dim=32", cwd=work)
-    ok("build_laplacian.py", "docs/embeddings.npy", "--out=docs/laplacian.parquet", cwd=work)
-    (work / "small.toml").write_text(CONFIG)
+    prepare(work)
     ok("train.py", "small.toml", cwd=work)
     return work
+
+
+@pytest.fixture
+def here(work, tmp_path):
+    """A fresh folder with the corpus and the config of `work`."""
+    for name in ("docs", "small.toml"):
+        (tmp_path / name).symlink_to(work / name)
+    return tmp_path

@@ -1,0 +1,83 @@
+"""The processes of a run: one, or those that torchrun started. Every function that says so is a meeting: all call it."""
+
+import os
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, default))
+                           for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # how often torchrun --max-restarts has brought us back
+
+
+def meet(device):
+    if WORLD > 1:
+        store = next(dist.rendezvous("env://"))[0]
+        store = dist.PrefixStore(f"{RESTARTS}", store)  # torchrun keeps the store, with the addresses of those that died
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=RANK, world_size=WORLD)
+
+
+def part():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def summed(values, device):
+    """The sums over all processes of a list of numbers. A meeting."""
+    if WORLD == 1:
+        return values
+    values = torch.tensor(values, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    dist.all_reduce(values)
+    return values.tolist()
+
+
+def gathered(x):
+    """x (..., N) of every process, one after the other along the last dimension. A meeting."""
+    if WORLD == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(WORLD)]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts, -1)
+
+
+def wrapped(model, device, shard, compile):
+    """The model on its device, as the training step calls it. shard "ddp": every process holds it whole; "fsdp": a part
+    of every weight, put together block by block when it is needed."""
+    if shard == "fsdp" and WORLD > 1:
+        mesh = dist.init_device_mesh(device.type, (WORLD,))
+        for part in (*model.blocks, model):
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)  # so that nothing older than the weights stays
+    model.to(device)
+    called = torch.compile(model) if compile else model
+    if shard == "ddp" and WORLD > 1:
+        called = DistributedDataParallel(called, device_ids=[device.index] if device.type == "cuda" else None)
+    return called
+
+
+@contextmanager
+def no_sync(model):
+    """Inside it, backward only adds to this process's own gradients."""
+    if isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            yield
+    elif hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+    else:
+        yield
+
+
+def whole(x):
+    """x, put together where it is sharded. A meeting."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def placed(x, like):
+    """x, a whole tensor, on the device of `like` and sharded as it. A meeting."""
+    x = x.to(like.device, like.dtype)
+    return distribute_tensor(x, like.device_mesh, like.placements) if isinstance(like, DTensor) else x

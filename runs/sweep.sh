@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# One config over several seeds, and the table of what came out:
+#
+#     bash runs/sweep.sh NAME CONFIG.toml "1 2 3" [--key=value ...]
+#
+# The runs go to out/NAME/seed_S, their lines to results/NAME.jsonl. Those that are finished are left, one that was
+# interrupted goes on.
+[ $# -ge 3 ] || { echo 'usage: bash runs/sweep.sh NAME CONFIG.toml "SEEDS" [--key=value ...]' >&2; exit 2; }
+name=$1 config=$(realpath "$2") seeds=$3
+shift 3
+. "$(dirname "$0")/setup.sh"
+
+for seed in $seeds; do
+    show python train.py "$config" --seed="$seed" --init_from=auto --out_dir="out/$name/seed_$seed" \
+        --results="results/$name.jsonl" "$@"
+done
+show python study.py "results/$name.jsonl"

@@ -1,0 +1,56 @@
+"""The table of the runs in files of results: a row for each set of settings, mean and spread over its seeds.
+
+    python study.py results/tau_modes.jsonl"""
+
+import json
+import statistics
+from pathlib import Path
+
+from common import Parser, UserError, run
+
+NOT_SHOWN = ("out_dir", "results", "seed", "laplacian", "init_from", "overwrite")
+
+
+def read_results(paths):
+    """The lines of the finished runs; of a run with several lines, the last."""
+    lines = {}
+    for path in paths:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            try:
+                record = json.loads(line)
+                lines[record["run"], record["config"], record["seed"]] = record
+                record["best_loss"] + record["seconds"] + record["tokens"], record["settings"].items()
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{path}, line {number} is damaged ({type(error).__name__}: {error})") from None
+    return list(lines.values())
+
+
+def table(records):
+    """Markdown. A row is named by the settings in which the rows differ."""
+    groups = {}
+    for record in records:
+        groups.setdefault(record["config"], []).append(record)
+    shown = [{name: value for name, value in group[0]["settings"].items() if name not in NOT_SHOWN} for group in groups.values()]
+    names = [name for name in dict.fromkeys(name for settings in shown for name in settings)
+             if len({repr(settings.get(name)) for settings in shown}) > 1]
+    rows = ["| " + " | ".join([*names, "seeds", "best validation loss", "spread", "seconds a run"]) + " |",
+            "| " + "--- | " * (len(names) + 4)]
+    for settings, group in zip(shown, groups.values()):
+        losses = [record["best_loss"] for record in group]
+        rows.append("| " + " | ".join([*(str(settings.get(name, "")) for name in names), str(len(losses)),
+                                       f"{statistics.mean(losses):.4f}", f"{max(losses) - min(losses):.4f}",
+                                       f"{statistics.median(record['seconds'] for record in group):.0f}"]) + " |")
+    return "\n".join(rows)
+
+
+def main():
+    options = Parser(__doc__)
+    options.add_argument("results", nargs="+", type=Path, metavar="RESULTS.jsonl")
+    records = read_results(options.parse_args().results)
+    if not records:
+        raise UserError("no finished run in these files")
+    print(table(records))
+
+
+if __name__ == "__main__":
+    run(main)
