@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 
 from common import Parser, UserError, run
+from config import Settings
 
 NOT_SHOWN = ("out_dir", "results", "seed", "laplacian", "init_from", "overwrite")
 
@@ -27,17 +28,18 @@ def read_results(paths):
 
 def table(records):
     """Markdown. A row is named by the settings in which the rows differ."""
+    value = lambda settings, name: str(settings.get(name, getattr(Settings, name, "")))
     groups = {}
     for record in records:
         groups.setdefault(record["config"], []).append(record)
     shown = [{name: value for name, value in group[0]["settings"].items() if name not in NOT_SHOWN} for group in groups.values()]
     names = [name for name in dict.fromkeys(name for settings in shown for name in settings)
-             if len({repr(settings.get(name)) for settings in shown}) > 1]
+             if len({value(settings, name) for settings in shown}) > 1]
     rows = ["| " + " | ".join([*names, "seeds", "best validation loss", "spread", "seconds a run"]) + " |",
             "| " + "--- | " * (len(names) + 4)]
-    for settings, group in zip(shown, groups.values()):
+    for settings, group in sorted(zip(shown, groups.values()), key=lambda row: [value(row[0], name) for name in names]):
         losses = [record["best_loss"] for record in group]
-        rows.append("| " + " | ".join([*(str(settings.get(name, "")) for name in names), str(len(losses)),
+        rows.append("| " + " | ".join([*(value(settings, name) for name in names), str(len(losses)),
                                        f"{statistics.mean(losses):.4f}", f"{max(losses) - min(losses):.4f}",
                                        f"{statistics.median(record['seconds'] for record in group):.0f}"]) + " |")
     return "\n".join(rows)
