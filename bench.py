@@ -206,14 +206,15 @@ def bench_curves(args):
         losses = []
         for step in tqdm(range(200), desc=f"{impl}, {dtype}", disable=None):
             optimizer.param_groups[0]["lr"] = learning_rate(settings, step, 1.0)
-            losses.append(model(*batch(step)))
-            losses[-1].backward()
+            loss = model(*batch(step))
+            loss.backward()
+            losses.append(loss.item())
             torch.nn.utils.clip_grad_norm_(weights, settings.grad_clip)
             optimizer.step()
             optimizer.zero_grad()
-        curves[impl, dtype, moved] = torch.stack(losses).double()
+        curves[impl, dtype, moved] = torch.tensor(losses, dtype=torch.float64)
         apart = (curves[impl, dtype, moved] - curves["naive", dtype, False]).abs().max().item()
-        rows.append({"impl": impl, "dtype": dtype, "moved": moved, "last_loss": losses[-1].item(), "apart_at_most": f"{apart:.1e}"})
+        rows.append({"impl": impl, "dtype": dtype, "moved": moved, "last_loss": losses[-1], "apart_at_most": f"{apart:.1e}"})
     write("curves", rows, args)
 
 

@@ -95,7 +95,7 @@ def to_resume(out_dir):
         except UserError as error:
             if RANK == 0:
                 print(f"{error}: the one before it is taken", file=sys.stderr)
-    raise UserError(f"nothing to resume: no whole step_*.safetensors in {out_dir}; start with --init_from=scratch")
+    raise UserError(f"nothing to resume: no whole step_*.safetensors in {out_dir}; start with --init_from=scratch --overwrite=True")
 
 
 def read(path):

@@ -241,6 +241,10 @@ def main():
 
 def train(settings, given):
     master = RANK == 0
+    only_looks = settings.eval_only or settings.dry_run
+    asked = {"stop": False, "save": False}  # by signals, of this process
+    if not only_looks:
+        heed_signals(asked)
     device = choose_device(settings.device, LOCAL_RANK)
     dtype = choose_dtype(settings.dtype, device)
     if settings.grad_accum_steps % WORLD:
@@ -252,6 +256,8 @@ def train(settings, given):
     # data, model: everything that can be the user's mistake is found before the output folder is touched
     corpus = Corpus(settings.data_dir)
     out_dir = Path(settings.out_dir)
+    if settings.overwrite and settings.init_from in ("auto", "resume"):
+        raise UserError(f"overwrite = True starts a run anew, init_from = {settings.init_from!r} goes on with it: leave one out")
     if (settings.init_from == "auto" or processes.RESTARTS) and checkpoint.steps(out_dir):
         settings.init_from = "resume"
     elif settings.init_from == "auto":
@@ -262,7 +268,6 @@ def train(settings, given):
     settings.tau_mode = config.tau_mode
     logs = out_dir / "metrics.jsonl", out_dir / "diagnostics.jsonl"
     held = [path for path in (*checkpoint.steps(out_dir), out_dir / "best.safetensors", *logs) if path.exists()]
-    only_looks = settings.eval_only or settings.dry_run
     resume = resumed is not None
     if held and not (resume or settings.overwrite or only_looks):
         raise UserError(f"{out_dir} holds a run already ({', '.join(path.name for path in held)}): give "
@@ -299,8 +304,6 @@ def train(settings, given):
     if resume and state["step"]:
         checkpoint.restore(raw_model, optimizer, ema, *resumed[:2])
     del resumed
-
-    asked = {"stop": False, "save": False}  # by signals, of this process
 
     @contextmanager
     def averaged():
@@ -388,6 +391,10 @@ def train(settings, given):
         if master:
             print(shown(record))
         return
+    if state["step"] >= settings.max_steps and resume:
+        if master:
+            print(f"{out_dir} is at step {state['step']} already: nothing to do")
+        return
     if settings.dry_run:
         training_step()
         begin = time.perf_counter()
@@ -402,10 +409,6 @@ def train(settings, given):
                   f"{peak_mem_mb(device) / 2**10:.2f} GB at the peak of these steps\n"
                   f"time             {seconds:.2f} s a step, {tokens_per_step / seconds:,.0f} tokens/s, "
                   f"{seconds * left / 3600:.2f} h for {left:,} steps, without validation")
-        return
-    if state["step"] >= settings.max_steps and resume:
-        if master:
-            print(f"{out_dir} is at step {state['step']} already: nothing to do")
         return
 
     # the output folder
@@ -496,7 +499,6 @@ def train(settings, given):
             with open(logs[1], "a") as file:
                 file.write(json.dumps({"step": state["step"], "tokens": state["step"] * tokens_per_step} | record) + "\n")
 
-    heed_signals(asked)
     looks = settings.diag_interval and config.attention == "tau"
     profiler = profiled(out_dir / "profile.json") if settings.profile and master else None
     if state["step"] == 0:
@@ -536,6 +538,8 @@ def train(settings, given):
         if profiler is not None:
             profiler.step()
 
+    if profiler is not None:
+        profiler.stop()
     progress.close()
     if master:
         if wandb_log is not None:
