@@ -57,7 +57,7 @@ def tau_attention(lambda_q, lambda_k, v, temperature, log_decay=None, key_bias=N
         raise ValueError(f"impl={impl!r} needs a query for every key, not {Tq} for {T}")
     with torch.autocast(v.device.type, enabled=False):
         slope = log_decay is not None and log_decay.ndim == 1
-        double = v.dtype is torch.float64 or slope and impl == "walk"
+        double = v.dtype is torch.float64 or slope and impl == "walk"  # the slope's gradient sums T^2 / 2 lags
         inputs = [x.to(torch.float64 if double else torch.float32) for x in (lambda_q, lambda_k, v)]
         if impl == "naive":
             return naive(*inputs, temperature, log_decay, key_bias).to(v.dtype)

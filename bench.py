@@ -11,7 +11,6 @@ import functools
 import json
 import multiprocessing
 import statistics
-import subprocess
 import sys
 import time
 import tomllib
@@ -26,7 +25,7 @@ import model as model_file
 import taumode
 from attention import tau_attention
 from build_laplacian import laplacian_of, random_distances
-from common import Parser, UserError, peak_rss_mb, replacing, run
+from common import Parser, UserError, commit, peak_rss_mb, replacing, run
 from config import Settings
 from data.corpus import Corpus
 from model import ModelConfig, Tauformer
@@ -225,10 +224,9 @@ def write(name, rows, args):
                           f"{value:,.0f}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
     print("\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in cells))
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
     with replacing(RESULTS / f"{name}.json") as temporary:
         temporary.write_text(json.dumps({
-            "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit.stdout.strip(),
+            "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit(),
             "torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows}, indent=1) + "\n")
 
 

@@ -25,8 +25,8 @@ DIGITS = 64  # of the hash
 
 
 def snapshot(model, optimizer=None, ema=None):
-    """The tensors of a checkpoint, whole and on the CPU, on rank 0; elsewhere none. Not copies, where they are so already. ema: a running mean of the weights,
-    in the order of model.parameters(). All processes call it."""
+    """The tensors of a checkpoint, whole and on the CPU, on rank 0; elsewhere none. Not copies, where they are so already.
+    ema: a running mean of the weights, in the order of model.parameters(). All processes call it."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for at, (name, weight) in enumerate(model.named_parameters()):
         if optimizer is not None:
@@ -89,12 +89,16 @@ def steps(out_dir):
 def to_resume(out_dir):
     """(path, tensors, header) of the newest checkpoint to resume from that is whole; damaged ones are named on standard
     error. Raises UserError if there is none."""
+    damaged = []
     for path in steps(out_dir):
         try:
-            return path, *read(path)
+            found = path, *read(path)
         except UserError as error:
-            if RANK == 0:
-                print(f"{error}: the one before it is taken", file=sys.stderr)
+            damaged.append(f"{error}: the one before it is taken")
+            continue
+        if damaged and RANK == 0:
+            print("\n".join(damaged), file=sys.stderr)
+        return found
     raise UserError(f"nothing to resume: no whole step_*.safetensors in {out_dir}; start with --init_from=scratch --overwrite=True")
 
 

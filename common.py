@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,6 +92,13 @@ def choose_device(name, local_rank=0):
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
     return device
+
+
+def commit():
+    """Of the code that runs; None outside a git checkout."""
+    done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"], capture_output=True,
+                          text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip() or None
 
 
 def peak_rss_mb():

@@ -374,9 +374,10 @@ class Tauformer(nn.Module):
 
     @contextmanager
     def recording(self):
-        """Yields a list to which every forward pass inside appends each block's energies, (E_q (B, T, H),
+        """Yields a list to which every forward pass inside, without dropout, appends each block's energies, (E_q (B, T, H),
         E_k (B, T, Hkv)) of its queries and keys."""
-        energies = []
+        energies, training = [], self.training
+        self.eval()
         try:
             for block in self.blocks:
                 block.attention.energies = energies
@@ -384,6 +385,7 @@ class Tauformer(nn.Module):
         finally:
             for block in self.blocks:
                 block.attention.energies = None
+            self.train(training)
 
     def parameter_count(self):
         return sum(weight.numel() for weight in self.parameters())

@@ -7,9 +7,9 @@ import statistics
 from pathlib import Path
 
 from common import Parser, UserError, run
-from config import Settings
+from config import NO_RESULT, Settings
 
-NOT_SHOWN = ("out_dir", "results", "seed", "laplacian", "init_from", "overwrite")
+NOT_SHOWN = (*NO_RESULT, "laplacian")
 
 
 def read_results(paths):
@@ -32,7 +32,7 @@ def table(records):
     groups = {}
     for record in records:
         groups.setdefault(record["config"], []).append(record)
-    shown = [{name: value for name, value in group[0]["settings"].items() if name not in NOT_SHOWN} for group in groups.values()]
+    shown = [{name: given for name, given in group[0]["settings"].items() if name not in NOT_SHOWN} for group in groups.values()]
     names = [name for name in dict.fromkeys(name for settings in shown for name in settings)
              if len({value(settings, name) for settings in shown}) > 1]
     rows = ["| " + " | ".join([*names, "seeds", "best validation loss", "spread", "seconds a run"]) + " |",

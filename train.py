@@ -10,7 +10,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import time
 from contextlib import contextmanager, nullcontext
@@ -25,11 +24,11 @@ import checkpoint
 import processes
 import taumode
 from build_laplacian import load_laplacian
-from common import UserError, choose_device, peak_rss_mb, replacing, run
+from common import UserError, choose_device, commit, peak_rss_mb, replacing, run
 from config import changed_settings, config_hash, parse
 from data.corpus import Corpus
 from diagnostics import collapses, diagnose
-from model import ModelConfig, Tauformer
+from model import LOSS_CHUNK, ModelConfig, Tauformer
 from processes import LOCAL_RANK, RANK, WORLD, no_sync, summed, whole
 
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
@@ -165,13 +164,6 @@ def wandb_run(settings, state):
         raise UserError(f"wandb cannot start ({error}): log in, or set WANDB_MODE=offline") from None
 
 
-def commit():
-    """Of the code that runs; None outside a git checkout."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"], capture_output=True,
-                          text=True, cwd=Path(__file__).parent)
-    return done.stdout.strip() or None
-
-
 def finished(settings, state, model, corpus, tokens_per_step, seconds):
     """Add the line of a finished run to the settings' results file."""
     path = Path(settings.results)
@@ -227,7 +219,7 @@ def memory_needed(model, settings):
     keys = config.n_kv_head / config.n_head
     kept = 2 + 1 + 2 * keys + (2 if config.attention == "tau" else 1) + 4
     tokens = settings.batch_size * config.block_size
-    logits = 3 * max(128, tokens / 32) * config.vocab_size
+    logits = 3 * max(LOSS_CHUNK, tokens / 32) * config.vocab_size
     weights = model.parameter_count() * (5 if settings.ema_decay else 4)
     return 4 * (weights + tokens * config.n_layer * config.n_embd * kept + logits)
 
@@ -320,7 +312,6 @@ def train(settings, given):
     @torch.no_grad()
     def validate():
         """(mean loss over the validation windows, nats a token; block 0's key energies on the first of them)."""
-        raw_model.eval()
         total, E = 0.0, None
         for at in range(0, len(windows), WORLD * settings.batch_size):
             starts = windows[at + RANK * settings.batch_size:][:settings.batch_size]
@@ -328,7 +319,6 @@ def train(settings, given):
             with autocast, raw_model.recording() as energies:
                 total += raw_model(idx, targets).item() * len(starts)
             E = energies[0][1] if energies and E is None else E
-        raw_model.train()
         return summed([total], device)[0] / len(windows), E
 
     def validation_record():

@@ -107,7 +107,7 @@ def test_the_one_before_a_damaged_checkpoint_is_resumed(here, work):
     assert same(last(here / "d"), last(work / "out" / "small"))
     for path in checkpoint.steps(here / "d"):
         path.write_bytes(b"")
-    assert "nothing to resume" in run_script("train.py", "small.toml", "--out_dir=d", "--init_from=resume", cwd=here).stderr
+    assert "nothing to resume" in fails("train.py", "small.toml", "--out_dir=d", "--init_from=resume", cwd=here)
 
 
 def limited(what, bytes):

@@ -127,3 +127,10 @@ def test_diagnostics_file_and_bands(here, work):
     assert "diagnostics.jsonl does not exist" in fails("plot.py", "none", "--bands", cwd=here)
     (here / "none" / "diagnostics.jsonl").write_text('{"tokens": 1, "lambda_k": [1]}\n')
     assert "damaged" in fails("plot.py", "none", "--bands", cwd=here)
+
+
+def test_energies_are_measured_without_dropout():
+    model = small(dropout=0.5)
+    expected = energies(model, [tokens()])
+    model.train()
+    assert torch.equal(energies(model, [tokens()]), expected) and model.training
