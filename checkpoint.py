@@ -137,7 +137,8 @@ def build_model(tensors, header, path, laplacian=None, **changes):
 
 
 def restore(model, optimizer, ema, path, tensors):
-    """Give the optimizer, and the running mean of the weights where there is one, what the checkpoint holds."""
+    """Give the optimizer, and the running mean of the weights where there is one, what the checkpoint holds. A mean that the
+    run had not before starts from the weights."""
     def stored(name, like):
         tensor = tensors.get(name)
         if tensor is None or tensor.shape != like.shape:
@@ -146,5 +147,5 @@ def restore(model, optimizer, ema, path, tensors):
     for at, (name, weight) in enumerate(model.named_parameters()):
         optimizer.state[weight] = {"step": stored(f"optimizer.step.{name}", torch.zeros((), device=weight.device)),
                                    **{key: stored(f"optimizer.{key}.{name}", weight) for key in ("exp_avg", "exp_avg_sq")}}
-        if ema is not None:
+        if ema is not None and f"ema.{name}" in tensors:
             ema[at] = stored(f"ema.{name}", weight)

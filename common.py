@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -79,6 +80,21 @@ def refuse_existing(path, overwrite):
     """Raise UserError if `path` exists and may not be overwritten."""
     if Path(path).exists() and not overwrite:
         raise UserError(f"{path} exists already: give --overwrite to replace it, or another place")
+
+
+def read_lines(path, *fields):
+    """[(line, object)] of a file of JSON objects, one a line; a last line without an end, of a writer that was killed, is
+    left out. Raises UserError for a line that is no object or lacks one of the fields."""
+    records = []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(keepends=True), 1):
+        if line.endswith("\n"):
+            try:
+                records.append((line, json.loads(line)))
+                for field in fields:
+                    records[-1][1][field]
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise UserError(f"{path}, line {number} is damaged ({type(error).__name__}: {error}): mend or remove it") from None
+    return records
 
 
 def choose_device(name, local_rank=0):

@@ -89,6 +89,7 @@ class Settings:
     device: str = setting("auto", "auto: cuda, else mps, else cpu; or one of them by name, such as cuda:1")
     dtype: str = setting("auto", "auto: bfloat16 (autocast) where a CUDA device has it, else float32",
                          one_of("auto", "float32", "bfloat16"))
+    deterministic: bool = setting(False, "on CUDA, only operations that give the same bits every time (others raise); a CPU's do")
     compile: bool = setting(False, "torch.compile the model")
     shard: str = setting("ddp", "of several processes, ddp: each holds the model whole; fsdp: a part of every weight",
                          one_of("ddp", "fsdp"))

@@ -6,7 +6,6 @@
 
 --bands draws, for one run and layer by layer, how the lambdas of the keys of each head spread over time."""
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -18,23 +17,18 @@ import torch
 
 import checkpoint
 from build_laplacian import load_laplacian
-from common import Parser, UserError, refuse_existing, replacing, run
+from common import Parser, UserError, read_lines, refuse_existing, replacing, run
 from model import head_laplacians
 
 
 def read_metrics(folder):
     """{"train": records, "val": records} of a run's metrics.jsonl."""
     path = folder / "metrics.jsonl"
-    try:
-        records = [json.loads(line) for line in path.read_text().splitlines()]
-        metrics = {split: [record for record in records if record["split"] == split] for split in ("train", "val")}
-        if not metrics["val"]:
-            raise ValueError("it has no validation loss")
-        for record in records:
-            record["tokens"], record["elapsed_s"], record["loss"]
-        return metrics
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error})") from None
+    records = [record for _, record in read_lines(path, "split", "tokens", "elapsed_s", "loss")]
+    metrics = {split: [record for record in records if record["split"] == split] for split in ("train", "val")}
+    if not metrics["val"]:
+        raise UserError(f"{path} has no validation loss yet")
+    return metrics
 
 
 def draw_losses(axis, runs, key, label):
@@ -66,12 +60,14 @@ def read_diagnostics(folder):
     if not path.exists():
         raise UserError(f"{path} does not exist: train.py writes it for tau attention, with diag_interval above 0")
     try:
-        records = [json.loads(line) for line in path.read_text().splitlines()]
+        records = [record for _, record in read_lines(path, "tokens", "lambda_k")]
         tokens, lambdas = (np.array([record[name] for record in records], float) for name in ("tokens", "lambda_k"))
         if lambdas.ndim != 4 or lambdas.shape[3] != 3:
             raise ValueError("lambda_k must hold three percentiles for each layer and head")
         return tokens, lambdas
-    except (ValueError, KeyError, TypeError) as error:
+    except UserError:
+        raise
+    except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error})") from None
 
 

@@ -2,11 +2,10 @@
 
     python study.py results/tau_modes.jsonl"""
 
-import json
 import statistics
 from pathlib import Path
 
-from common import Parser, UserError, run
+from common import Parser, UserError, read_lines, run
 from config import NO_RESULT, Settings
 
 NOT_SHOWN = (*NO_RESULT, "laplacian")
@@ -16,13 +15,8 @@ def read_results(paths):
     """The lines of the finished runs; of a run with several lines, the last."""
     lines = {}
     for path in paths:
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            try:
-                record = json.loads(line)
-                lines[record["run"], record["config"], record["seed"]] = record
-                record["best_loss"] + record["seconds"] + record["tokens"], record["settings"].items()
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{path}, line {number} is damaged ({type(error).__name__}: {error})") from None
+        for _, record in read_lines(path, "run", "config", "seed", "best_loss", "seconds", "tokens", "settings"):
+            lines[record["run"], record["config"], record["seed"]] = record
     return list(lines.values())
 
 

@@ -4,8 +4,10 @@
     torchrun --nproc_per_node=8 train.py configs/tau_30m.toml
 
 Writes metrics.jsonl, diagnostics.jsonl, checkpoints to resume from and best.safetensors to out/NAME, NAME being the
-config's. SIGTERM and SIGINT (Ctrl-C) finish the step, save and end, a second one ends at once; SIGUSR1 saves."""
+config's. SIGTERM and SIGINT (Ctrl-C) finish the step, save and end, another one, a second later, ends at once; SIGUSR1
+saves."""
 
+import fcntl
 import json
 import math
 import os
@@ -24,7 +26,7 @@ import checkpoint
 import processes
 import taumode
 from build_laplacian import load_laplacian
-from common import UserError, choose_device, commit, peak_rss_mb, replacing, run
+from common import UserError, choose_device, commit, peak_rss_mb, read_lines, replacing, run
 from config import changed_settings, config_hash, parse
 from data.corpus import Corpus
 from diagnostics import collapses, diagnose
@@ -137,18 +139,8 @@ def to_device(batch, device):
 
 def lines_until(path, step):
     """The text of a file of lines without those that a resume from `step` will write again."""
-    kept = []
-    if not path.exists():
-        return ""
-    try:
-        for line in path.read_text().splitlines(keepends=True):
-            if not line.endswith("\n") or json.loads(line)["step"] > step:
-                break
-            kept.append(line)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}, line {len(kept) + 1} is damaged ({type(error).__name__}: {error}): mend or remove "
-                        "it") from None
-    return "".join(kept)
+    lines = read_lines(path, "step") if path.exists() else []
+    return "".join(line for line, record in lines if record["step"] <= step)
 
 
 def peak_mem_mb(device):
@@ -164,13 +156,13 @@ def wandb_run(settings, state):
         raise UserError(f"wandb cannot start ({error}): log in, or set WANDB_MODE=offline") from None
 
 
-def finished(settings, state, model, corpus, tokens_per_step, seconds):
+def finished(settings, state, model, corpus, seconds):
     """Add the line of a finished run to the settings' results file."""
     path = Path(settings.results)
     path.parent.mkdir(parents=True, exist_ok=True)
     line = {"run": settings.out_dir, "config": config_hash(settings), "seed": settings.seed, "commit": commit(),
             "data": corpus.meta["sha256"][:12], "parameters": model.parameter_count(), "steps": state["step"],
-            "tokens": state["step"] * tokens_per_step, "seconds": round(seconds, 1), "best_loss": state["best_loss"],
+            "tokens": state["tokens"], "seconds": round(seconds, 1), "best_loss": state["best_loss"],
             "settings": changed_settings(settings)}
     with open(path, "a") as file:
         file.write(json.dumps(line) + "\n")
@@ -189,9 +181,16 @@ def profiled(path):
 
 def heed_signals(asked):
     """From now on signals set asked["stop"] and asked["save"]."""
+    first = math.inf
+
     def stop(number, frame):
+        nonlocal first
         asked["stop"] = True
-        signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+        now = time.monotonic()
+        if now > first + 1:  # the same one may come twice, by the terminal or the scheduler and by torchrun
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        first = min(first, now)
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
@@ -243,6 +242,9 @@ def train(settings, given):
         raise UserError(f"grad_accum_steps = {settings.grad_accum_steps} must be a multiple of {WORLD} processes")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     torch.set_float32_matmul_precision("high")  # tf32 where the device has it
 
     # data, model: everything that can be the user's mistake is found before the output folder is touched
@@ -263,8 +265,9 @@ def train(settings, given):
     resume = resumed is not None
     if held and not (resume or settings.overwrite or only_looks):
         raise UserError(f"{out_dir} holds a run already ({', '.join(path.name for path in held)}): give "
-                        "--init_from=resume, --overwrite=True, or another --out_dir")
-    state = {"step": 0, "best_loss": math.inf, "stale": 0, "lr_scale": 1.0, "elapsed_s": 0.0, "loss_average": None, "bad": 0,
+                        + ("--init_from=resume, " if checkpoint.steps(out_dir) else "--init_from=scratch with ")
+                        + "--overwrite=True, or another --out_dir")
+    state = {"step": 0, "tokens": 0, "best_loss": math.inf, "stale": 0, "lr_scale": 1.0, "elapsed_s": 0.0, "loss_average": None, "bad": 0,
              "skipped": 0, "narrow": {}}
     if resume:
         state = resumed[2]["run"]
@@ -324,7 +327,7 @@ def train(settings, given):
     def validation_record():
         with averaged():
             loss, E = validate()
-        record = {"step": state["step"], "tokens": state["step"] * tokens_per_step, "split": "val", "loss": loss,
+        record = {"step": state["step"], "tokens": state["tokens"], "split": "val", "loss": loss,
                   "perplexity": math.exp(min(loss, 700)), "bits_per_byte": corpus.bits_per_byte(loss)}
         if E is not None:
             percentiles = np.percentile(E.cpu().numpy(), (5, 50, 95))
@@ -368,6 +371,7 @@ def train(settings, given):
                     mean.lerp_(weight, 1 - settings.ema_decay)
         optimizer.zero_grad(set_to_none=True)
         state["step"] += 1
+        state["tokens"] += tokens_per_step
         return loss, grad_norm, to_stop, to_save
 
     def stop(what):
@@ -404,6 +408,10 @@ def train(settings, given):
     # the output folder
     if master:
         out_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            fcntl.flock(os.open(out_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+        except BlockingIOError:
+            raise UserError(f"another process trains in {out_dir}: wait for it, or give another --out_dir") from None
         wandb_log = wandb_run(settings, state) if settings.wandb_log else None
         if wandb_log is not None:
             state["wandb_id"] = wandb_log.id
@@ -426,6 +434,8 @@ def train(settings, given):
 
     def log(record):
         if master:
+            record = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+                      for name, value in record.items()}
             record |= {"elapsed_s": time.perf_counter() - begin, "peak_mem_mb": peak_mem_mb(device)}
             with open(logs[0], "a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -487,7 +497,7 @@ def train(settings, given):
             progress.write(f"step {state['step']:>5}: {line}")
         if master:
             with open(logs[1], "a") as file:
-                file.write(json.dumps({"step": state["step"], "tokens": state["step"] * tokens_per_step} | record) + "\n")
+                file.write(json.dumps({"step": state["step"], "tokens": state["tokens"]} | record) + "\n")
 
     looks = settings.diag_interval and config.attention == "tau"
     profiler = profiled(out_dir / "profile.json") if settings.profile and master else None
@@ -506,7 +516,7 @@ def train(settings, given):
         trained_s, trained_tokens = trained_s + time.perf_counter() - step_begin, trained_tokens + tokens_per_step
         if step == 1 or step % settings.log_interval == 0:
             speed = trained_tokens / trained_s
-            log({"step": step, "tokens": step * tokens_per_step, "split": "train", "loss": loss,
+            log({"step": step, "tokens": state["tokens"], "split": "train", "loss": loss,
                  "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm, "skipped": state["skipped"], "tokens_per_s": speed})
             trained_s, trained_tokens = 0.0, 0
             flops = speed * raw_model.flops_per_token()
@@ -522,7 +532,7 @@ def train(settings, given):
         if step % settings.eval_interval == 0 or last:
             evaluate()
         if last and master:
-            finished(settings, state, raw_model, corpus, tokens_per_step, time.perf_counter() - begin)
+            finished(settings, state, raw_model, corpus, time.perf_counter() - begin)
         if step % settings.checkpoint_interval == 0 or last or to_stop or to_save:
             save()
         if profiler is not None:

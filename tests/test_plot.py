@@ -16,11 +16,11 @@ def test_figures(work, tmp_path, args, panels):
 
 @pytest.mark.parametrize("args, expected", [
     (["nowhere"], "nowhere"), (["docs/laplacian.parquet"], "--out"), (["out/small", "--out={tmp}/f.jpg"], ".png"),
-    (["out/small", "--out={tmp}/taken.png"], "--overwrite"), (["{tmp}/torn"], "damaged"), (["{tmp}/few"], "damaged"),
+    (["out/small", "--out={tmp}/taken.png"], "--overwrite"), (["{tmp}/torn"], "line 1 is damaged"), (["{tmp}/few"], "damaged"),
     (["{tmp}/none"], "no validation loss"), (["absent.parquet", "--out={tmp}/f.png"], "absent.parquet does not exist")])
 def test_mistakes(work, tmp_path, args, expected):
     (tmp_path / "taken.png").write_bytes(b"mine")
-    for name, content in (("torn", '{"step": 0'), ("few", '{"split": "val"}'), ("none", "")):
+    for name, content in (("torn", '{"step": 0\n{"split": "v'), ("few", '{"split": "val"}'), ("none", "")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text(content)
     assert expected in fails("plot.py", *[arg.format(tmp=tmp_path) for arg in args], cwd=work)

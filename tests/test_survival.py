@@ -43,6 +43,22 @@ def test_a_signal_saves_and_ends(here, number):
     assert step > 1 and step - metrics(here / "s")[-1]["step"] < 2  # log_interval
 
 
+def test_another_signal_ends_at_once(here):
+    process = start(here, "--eval_iters=100000", "--eval_interval=1")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) in (-signal.SIGINT, 0)  # 0: the step was over
+
+
+def test_two_runs_in_one_folder_are_kept_apart(here):
+    process = start(here)
+    assert "another process trains in s" in fails("train.py", "small.toml", "--out_dir=s", "--init_from=resume",
+                                                  "--max_steps=100000", cwd=here)
+    process.kill()
+    process.communicate()
+
+
 def test_signal_to_save(here):
     process = start(here)
     process.send_signal(signal.SIGUSR1)
@@ -130,6 +146,22 @@ def test_out_of_memory(here):
                           capture_output=True, text=True, preexec_fn=limited(resource.RLIMIT_AS, 6 << 30))
     assert done.returncode == 1 and "lower batch_size = 200000" in done.stderr.splitlines()[-1]
     assert not [line for line in done.stderr.splitlines() if line.startswith("Traceback")]
+
+
+def test_resume_with_another_batch_and_a_mean_of_the_weights(here):
+    ok("train.py", "small.toml", "--max_steps=10", "--out_dir=r", cwd=here)
+    ok("train.py", "small.toml", "--out_dir=r", "--init_from=resume", "--batch_size=8", "--ema_decay=0.9", cwd=here)
+    assert [record["tokens"] for record in metrics(here / "r") if record["step"] in (10, 20)][-1] == (10 * 4 + 10 * 8) * 2 * 32
+    assert any(name.startswith("ema.") for name in last(here / "r"))
+
+
+def test_losses_that_are_not_finite(here):
+    """The weights overflow within a few steps, the later ones are left out; what is logged stays JSON."""
+    done = run_script("train.py", "small.toml", "--learning_rate=1e9", "--weight_decay=1e9", "--warmup_steps=0", "--skip_limit=100",
+                      "--log_interval=1", "--eval_interval=100", "--max_steps=5", "--out_dir=n", cwd=here)
+    assert done.returncode == 1 and "validation loss at step 5 is not finite" in done.stderr.splitlines()[-1]
+    assert metrics(here / "n")[-1]["loss"] is None and metrics(here / "n")[-1]["skipped"] > 0
+    assert "NaN" not in (here / "n" / "metrics.jsonl").read_text()
 
 
 def test_bad_steps(here):

@@ -181,7 +181,6 @@ def test_bad_configs(tmp_path, monkeypatch, text, expected):
     (["small.toml", "--init_from=resume", "--out_dir=swapped", "--eval_only=True", "--laplacian=absent.parquet"], "absent.parquet"),
     (["small.toml", "--data_dir=past"], "past its vocabulary"), (["small.toml", "--data_dir=short"], "damaged corpus in short"),
     (["small.toml", "--init_from=resume", "--out_dir=swapped", "--max_steps=30", "--tau_mode=learned"], "tau_mode = 'learned'"),
-    (["small.toml", "--init_from=resume", "--out_dir=swapped", "--max_steps=30", "--ema_decay=0.9"], "its ema."),
     (["small.toml", "--lr_schedule=cosine", "--min_lr=1"], "min_lr")])
 def test_mistakes(here, work, args, expected):
     (here / "broken.toml").write_text("n_layer = ")
