@@ -140,7 +140,7 @@ def train_step(contender, nanogpt, B, T, steps, compile, threads):
     else:
         model = Tauformer(ModelConfig(block_size=T, vocab_size=VOCABULARY, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH,
                                       attention=contender),
-                          torch.from_numpy(laplacian_of(random_distances(WIDTH, None, seed=0))))
+                          torch.from_numpy(laplacian_of(random_distances(WIDTH, seed=0))))
         loss_of = lambda model, idx, targets: model(idx, targets)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     run = torch.compile(model) if compile else model

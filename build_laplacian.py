@@ -1,73 +1,162 @@
 """Embeddings -> laplacian.parquet, the graph Laplacian L = Deg - W over their features: the model's domain memory.
 
+    python build_laplacian.py data/cve/embeddings.npy --out=data/cve/laplacian.parquet
+    torchrun --nproc_per_node=8 build_laplacian.py SHARDS/ --out=FILE.parquet
+    python build_laplacian.py --inspect FILE.parquet --n_head=6
+
 The published recipe (arrowspace, JOSS 09002): the distance of two features is d = 1 - max(0, cosine of their columns),
 neighbours of a feature are the nearest min(k, topk, F-1) within eps, an edge has the weight 1 / (1 + (d/sigma)^p).
-One pass over the embeddings, of any number, sums the F x F Gram matrix, which is all that the graph needs."""
+One pass over the embeddings, of any number, sums the F x F Gram matrix, which is all that the graph needs; of several
+processes (torchrun) each takes its part."""
 
 import hashlib
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pyarrow
+import pyarrow.compute
 import pyarrow.parquet
 from tqdm import tqdm
 
-from common import Parser, UserError, refuse_existing, replacing, run
+from common import RANK, WORLD, Parser, UserError, commit, refuse_existing, replacing, run
 
-CHUNK_ROWS = 8192
+CHUNK_ROWS = 4096
 MOST_FEATURES = 16384  # a dense float64 matrix of that size takes 2 GiB
 COLUMNS = {"name_id": pyarrow.string(), "n_rows": pyarrow.uint64(), "n_cols": pyarrow.uint64(),
            "nnz": pyarrow.uint64(), "row": pyarrow.uint64(), "col": pyarrow.uint64(), "value": pyarrow.float64()}
 
 
-def chunks(path):
-    """Yield the embeddings of a .npy file, memory-mapped, or of a parquet file with one column a feature, some rows
-    (n, F) float64 at a time. Raises UserError for anything else and for a row with NaN or infinity."""
-    first = 0
-    for rows in npy_rows(path) if path.suffix == ".npy" else parquet_rows(path):
-        rows = rows.astype(np.float64)
-        bad = np.flatnonzero(~np.isfinite(rows).all(1))
-        if len(bad):
-            raise UserError(f"{path}: row {first + bad[0]} holds NaN or infinity: leave it out")
-        yield rows
-        first += len(rows)
+class NpyEmbeddings:
+    """A .npy file (N, F) of floats, memory-mapped, as `pieces` of CHUNK_ROWS rows: (first row, rows)."""
+
+    def __init__(self, path):
+        self.path = path
+        try:
+            array = np.load(path, mmap_mode="r")
+        except (ValueError, EOFError) as error:
+            raise UserError(f"{path} is not a whole .npy file ({error})") from None
+        if not isinstance(array, np.ndarray):
+            raise UserError(f"{path} is an archive of arrays; embeddings are one array (N, F)")
+        if array.ndim != 2 or array.dtype.kind != "f" or 0 in array.shape:
+            raise UserError(f"{path} holds {array.dtype} {array.shape}; embeddings are floats (N, F)")
+        self.rows, self.columns = array.shape
+        self.pieces = [(first, min(CHUNK_ROWS, self.rows - first)) for first in range(0, self.rows, CHUNK_ROWS)]
+
+    def read(self, number):
+        first, rows = self.pieces[number]
+        yield np.load(self.path, mmap_mode="r")[first:first + rows]
 
 
-def npy_rows(path):
-    try:
-        embeddings = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{path} is not a whole .npy file ({error})") from None
-    if not isinstance(embeddings, np.ndarray):
-        raise UserError(f"{path} is an archive of arrays; embeddings are one array (N, F)")
-    if embeddings.ndim != 2 or embeddings.dtype.kind != "f" or 0 in embeddings.shape:
-        raise UserError(f"{path} holds {embeddings.dtype} {embeddings.shape}; embeddings are floats (N, F)")
-    for start in tqdm(range(0, len(embeddings), CHUNK_ROWS), desc="reading embeddings", disable=None):
-        yield embeddings[start:start + CHUNK_ROWS]
+class ParquetEmbeddings:
+    """A parquet file of floats with one column a feature, or with one column of lists; `pieces` are its row groups."""
+
+    def __init__(self, path):
+        self.path = path
+        try:
+            with self.open() as file:
+                types = file.schema_arrow.types
+                self.lists = len(types) == 1 and any(is_kind(types[0]) for is_kind in (
+                    pyarrow.types.is_list, pyarrow.types.is_large_list, pyarrow.types.is_fixed_size_list))
+                floats = [types[0].value_type] if self.lists else types
+                self.rows = file.metadata.num_rows
+                if not self.rows or not floats or not all(map(pyarrow.types.is_floating, floats)):
+                    raise UserError(f"{path}: embeddings have a column of floats a feature, or one column of lists of floats; "
+                                    f"it has {self.rows} rows of {', '.join(file.schema_arrow.names[:4])}")
+                self.columns = len(next(file.iter_batches(1)).column(0)[0].as_py() or ()) if self.lists else len(types)
+                rows = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+                self.pieces = list(zip(np.cumsum([0, *rows]).tolist(), rows))
+        except (pyarrow.ArrowException, OSError, StopIteration) as error:
+            raise UserError(f"{path} is not a whole parquet file ({error})") from None
+
+    def open(self):
+        return pyarrow.parquet.ParquetFile(self.path, buffer_size=1 << 16, pre_buffer=False)
+
+    def read(self, number):
+        try:
+            with self.open() as file:
+                for batch in file.iter_batches(CHUNK_ROWS, row_groups=[number], use_threads=False):
+                    if not self.lists:
+                        yield np.column_stack([column.to_numpy(zero_copy_only=False) for column in batch.columns])
+                        continue
+                    column = batch.column(0)
+                    if np.any(pyarrow.compute.list_value_length(column).to_numpy(zero_copy_only=False) != self.columns):
+                        raise UserError(f"{self.path} has lists of other lengths than the first, {self.columns}")
+                    yield column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), self.columns)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{self.path} is not a whole parquet file ({error})") from None
 
 
-def parquet_rows(path):
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        names = file.schema_arrow.names
-        if file.metadata.num_rows == 0 or not all(pyarrow.types.is_floating(t) for t in file.schema_arrow.types):
-            raise UserError(f"{path}: embeddings have one column of floats a feature; it has {file.metadata.num_rows} "
-                            f"rows of {', '.join(names[:4])}, ...")
-        for batch in tqdm(file.iter_batches(CHUNK_ROWS), desc="reading embeddings", disable=None):
-            yield np.column_stack([column.to_numpy(zero_copy_only=False) for column in batch.columns])
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a whole parquet file ({error})") from None
+def opened(path):
+    """The embeddings of a .npy or parquet file, or those of all such files of a folder, in the order of their names.
+    Raises UserError if they do not have the same features."""
+    paths = [path]
+    if path.is_dir():
+        paths = sorted(file for file in path.iterdir() if file.suffix in (".npy", ".parquet"))
+        if not paths:
+            raise UserError(f"{path} holds no .npy or .parquet file")
+    shards = [NpyEmbeddings(file) if file.suffix == ".npy" else ParquetEmbeddings(file) for file in paths]
+    for shard in shards:
+        if shard.columns != shards[0].columns:
+            raise UserError(f"{shard.path} has {shard.columns} features, {shards[0].path} has {shards[0].columns}: "
+                            "shards have the same")
+    return shards
 
 
-def gram_matrix(path):
-    """X^T X, (F, F) float64, of embeddings X (N, F); and N."""
-    gram, count = 0, 0
-    for rows in chunks(path):
-        gram = gram + rows.T @ rows
-        count += len(rows)
-    return gram, count
+def gram_matrix(shards, center=False):
+    """X^T X, (F, F) float64, of the embeddings X (N, F), less the mean of every feature if center; and N. A meeting of
+    all processes. Raises UserError for a row with NaN or infinity."""
+    F = shards[0].columns
+    gram, total, count = np.zeros((F, F)), np.zeros(F), 0
+    origin = next(shards[0].read(0))[0].astype(np.float64) if center else 0.0  # near the mean: nothing cancels later
+    todo = [(shard, number) for shard in shards for number in range(len(shard.pieces))][RANK::WORLD]
+    progress = tqdm(total=sum(shard.pieces[number][1] for shard, number in todo), desc="reading embeddings", unit=" rows",
+                    disable=None if RANK == 0 else True)
+    for shard, number in todo:
+        first = shard.pieces[number][0]
+        for rows in shard.read(number):
+            rows = rows.astype(np.float64)
+            if not np.isfinite(rows.sum()):
+                bad = np.flatnonzero(~np.isfinite(rows).all(1))
+                if len(bad):
+                    raise UserError(f"{shard.path}: row {first + bad[0]} holds NaN or infinity: leave it out")
+            if center:
+                rows -= origin
+                total += rows.sum(0)
+            gram += rows.T @ rows
+            first += len(rows)
+            count += len(rows)
+            progress.update(len(rows))
+    progress.close()
+    if WORLD > 1:
+        gram, total, count = joined(gram, total, count)
+    return gram - np.outer(total, total) / count if center else gram, count
+
+
+def joined(gram, total, count):
+    """The sums over all processes."""
+    import torch  # here, because one process does without
+    import torch.distributed as dist
+
+    import processes
+    processes.meet(torch.device("cpu"))
+    count = np.array([count])
+    for array in (gram, total, count):
+        dist.all_reduce(torch.from_numpy(array))
+    processes.part()
+    return gram, total, int(count[0])
+
+
+def sha256(shards):
+    """Of the files' bytes, one after the other: for one file what `sha256sum` prints."""
+    digest = hashlib.sha256()
+    for shard in shards:
+        with open(shard.path, "rb") as file:
+            while part := file.read(1 << 20):
+                digest.update(part)
+    return digest.hexdigest()
 
 
 def project(gram, dim, seed):
@@ -78,20 +167,39 @@ def project(gram, dim, seed):
 
 def feature_distances(gram):
     """d = 1 - max(0, cos) between feature columns, (F, F) in [0, 1]; a column of zeros is at 1 from every other."""
-    length = np.sqrt(np.diag(gram))
+    length = np.sqrt(np.maximum(np.diag(gram), 0))
     length[length == 0] = np.inf
     distances = 1 - np.clip(gram / np.outer(length, length), 0, 1)
     np.fill_diagonal(distances, 0)
     return (distances + distances.T) / 2
 
 
-def random_distances(F, distances, seed):
-    """Symmetric (F, F): the distances given, if any, between other pairs; uniform in [0, 1) otherwise."""
-    generator, pairs = np.random.default_rng(seed), np.triu_indices(F, 1)
-    values = generator.random(len(pairs[0])) if distances is None else generator.permutation(distances[pairs])
-    shuffled = np.zeros((F, F))
-    shuffled[pairs] = values
-    return shuffled + shuffled.T
+def random_distances(F, seed):
+    """Symmetric (F, F), uniform in [0, 1)."""
+    distances = np.triu(np.random.default_rng(seed).random((F, F)), 1)
+    return distances + distances.T
+
+
+def rewired(weights, seed):
+    """A random connected graph in which every feature has as many edges as in `weights` (F, F), and the same weights stand
+    on other edges: pairs of edges swap their ends (Maslov & Sneppen 2002), ten times as often as there are edges, and the
+    weights are dealt anew."""
+    generator = np.random.default_rng(seed)
+    ends, edges = np.argwhere(np.triu(weights)), weights > 0
+    dealt = generator.permutation(weights[tuple(ends.T)])
+    kept = ends.copy()
+    for _ in range(10):
+        for i, j in generator.integers(len(ends), size=(len(ends), 2)):
+            (a, b), (c, d) = ends[i], ends[j][::generator.choice((1, -1))]
+            if len({a, b, c, d}) == 4 and not (edges[a, d] or edges[c, b]):
+                edges[a, b] = edges[b, a] = edges[c, d] = edges[d, c] = False
+                edges[a, d] = edges[d, a] = edges[c, b] = edges[b, c] = True
+                ends[i], ends[j] = (a, d), (c, b)
+        if not components(edges).any():
+            kept = ends.copy()
+    new = np.zeros_like(weights)
+    new[tuple(kept.T)] = dealt
+    return new + new.T
 
 
 def neighbour_graph(distances, k, topk, eps):
@@ -205,12 +313,16 @@ def build(args):
     distances, settings = None, {"graph": args.graph}
     F = args.dim
     if args.embeddings:
-        gram, rows = gram_matrix(args.embeddings)
-        settings |= {"embeddings": str(args.embeddings), "rows": rows, "columns": len(gram),
-                     "zero_columns": int((np.diag(gram) == 0).sum()),
-                     "gram_sha256": hashlib.sha256(gram.tobytes()).hexdigest()}
+        shards = opened(args.embeddings)
+        with ThreadPoolExecutor(1) as beside:
+            digest = beside.submit(sha256, shards) if RANK == 0 else None
+            gram, rows = gram_matrix(shards, args.center)
+        if RANK:
+            return None, None
+        settings |= {"embeddings": str(args.embeddings), "sha256": digest.result(), "rows": rows, "columns": len(gram),
+                     "center": args.center, "zero_columns": int((np.diag(gram) <= 0).sum())}
         if settings["zero_columns"]:
-            print(f"{settings['zero_columns']} of {len(gram)} features are zero everywhere: "
+            print(f"{settings['zero_columns']} of {len(gram)} features are {'constant' if args.center else 'zero everywhere'}: "
                   "they stay, at distance 1 from all others")
         if args.dim is not None:
             gram = project(gram, args.dim, args.seed)
@@ -229,22 +341,64 @@ def build(args):
     if args.graph == "complete":
         return laplacian_of(1 - np.eye(F)), settings
     if args.graph == "random":
-        distances = random_distances(F, distances, args.seed)
         settings["seed"] = args.seed
+    if distances is None:
+        distances = random_distances(F, args.seed)
     edges, joins = neighbour_graph(distances, args.k, args.topk, args.eps)
     if joins:
         print(f"the graph fell into {joins + 1} parts: joined by {joins} shortest pairs")
     settings |= {"k": args.k, "topk": args.topk, "eps": args.eps, "p": args.p, "sigma": args.sigma, "joins": joins}
-    return laplacian_of(edge_weights(distances, edges, args.p, args.sigma)), settings
+    weights = edge_weights(distances, edges, args.p, args.sigma)
+    return laplacian_of(rewired(weights, args.seed) if args.graph == "random" and args.embeddings else weights), settings
+
+
+def numbers(L):
+    """What --inspect prints and the JSON holds of a Laplacian."""
+    eigenvalues, degree = np.linalg.eigvalsh(L), (np.triu(L, 1) + np.tril(L, -1) != 0).sum(1)
+    return {"edges": int(degree.sum()) // 2, "degree": [int(degree.min()), float(np.median(degree)), int(degree.max())],
+            "connectivity": float(eigenvalues[1]), "median_eigenvalue": float(np.median(eigenvalues)),
+            "largest_eigenvalue": float(eigenvalues[-1])}
+
+
+def inspect(path, n_head, out):
+    """Print the numbers of a Laplacian's file and draw it."""
+    import torch  # here, because building does without
+
+    import plot
+    from model import kron_reduction
+    L = load_laplacian(path)
+    F, found, eigenvalues = len(L), numbers(L), np.linalg.eigvalsh(L)
+    if n_head is not None and (n_head < 1 or F % n_head or F == n_head):
+        raise UserError(f"--n_head={n_head} must divide the {F} features into heads of two or more")
+    of = lambda values: f"{values[1]:.4g} (connectivity), median {np.median(values):.4g}, largest {values[-1]:.4g}"
+    print(f"features     {F}\n"
+          f"edges        {found['edges']:,}, {2 * found['edges'] / (F * (F - 1)):.1%} of all pairs\n"
+          f"degree       {found['degree'][0]} to {found['degree'][2]} edges, median {found['degree'][1]:g}; weight "
+          f"{L.diagonal().min():.4g} to {L.diagonal().max():.4g}, median {np.median(L.diagonal()):.4g}\n"
+          f"connected    yes\n"
+          f"eigenvalues  0, {of(eigenvalues)}")
+    heads = []
+    for h in range(n_head or 0):
+        D = F // n_head
+        heads.append(kron_reduction(torch.from_numpy(L), slice(h * D, (h + 1) * D)))
+        print(f"head {h:<7} features {h * D} to {(h + 1) * D - 1}, by Kron reduction: eigenvalues 0, "
+              f"{of(np.linalg.eigvalsh(heads[-1].numpy()))}")
+    plot.draw(plot.laplacian_panels(torch.from_numpy(L), heads), out)
 
 
 def main():
     options = Parser(__doc__)
-    options.add_argument("embeddings", nargs="?", type=Path, metavar="EMBEDDINGS", help=".npy (N, F), or parquet")
-    options.add_argument("--out", type=Path, required=True, metavar="FILE.parquet")
+    options.add_argument("embeddings", nargs="?", type=Path, metavar="EMBEDDINGS",
+                         help=".npy (N, F); parquet, with a column a feature or one column of lists; or a folder of such files")
+    options.add_argument("--out", type=Path, metavar="FILE.parquet")
+    options.add_argument("--inspect", type=Path, metavar="FILE.parquet",
+                         help="print the numbers of a Laplacian and draw it (to --out, default FILE.png); build nothing")
+    options.add_argument("--n_head", type=int, help="with --inspect: the Laplacians of so many heads, too")
+    options.add_argument("--center", action="store_true", help="take the mean of every feature off first")
     options.add_argument("--graph", choices=("domain", "chain", "random", "complete"), default="domain",
                          help="domain: the recipe above (default). Controls: chain, a path with weights 1; "
-                              "random, the recipe on shuffled distances; complete, all pairs with weight 1")
+                              "random, the domain's weights on other edges, each feature with as many "
+                              "(without EMBEDDINGS: the recipe on random distances); complete, all pairs with weight 1")
     options.add_argument("--dim", type=int, help="reduce the embeddings to DIM features by a seeded random projection; "
                                                  "for the controls, in place of EMBEDDINGS")
     options.add_argument("--seed", type=int, default=0, help="of --dim and --graph=random (default: %(default)s)")
@@ -262,23 +416,32 @@ def main():
         raise UserError(f"--seed={args.seed} must not be negative")
     if args.dim is not None and not 2 <= args.dim <= MOST_FEATURES:
         raise UserError(f"--dim={args.dim}: a graph has 2 to {MOST_FEATURES} features")
-    if args.out.suffix != ".parquet":
-        raise UserError(f"--out={args.out} must end in .parquet")
+    if args.inspect:
+        if args.embeddings:
+            raise UserError(f"--inspect={args.inspect} builds nothing: leave {args.embeddings} out")
+        out = args.out or args.inspect.with_suffix(".png")
+        if out.suffix != ".png":
+            raise UserError(f"--out={out} must end in .png")
+        refuse_existing(out, args.overwrite)
+        return inspect(args.inspect, args.n_head, out)
+    if args.out is None or args.out.suffix != ".parquet":
+        raise UserError(f"--out={args.out} must be the file to write, and end in .parquet")
     if not args.out.parent.is_dir():
         raise UserError(f"folder {args.out.parent} does not exist: make it first")
     for path in (args.out, args.out.with_suffix(".json")):
         refuse_existing(path, args.overwrite)
     with np.errstate(all="ignore"):  # what overflows is found by the check
         L, settings = build(args)
+    if RANK:
+        return
     try:
         check_laplacian(L, "the graph")
     except UserError as error:
         raise UserError(f"{error}, with embeddings of a smaller range or other --p and --sigma") from None
-    settings["command"] = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    settings |= numbers(L) | {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "version": commit()}
     save_laplacian(args.out, L, settings)
-    eigenvalues = np.linalg.eigvalsh(L)
-    print(f"{args.out}: {len(L)} features, {(np.count_nonzero(L) - len(L)) // 2:,} edges, "
-          f"eigenvalues 0, {eigenvalues[1]:.4g} ... {eigenvalues[-1]:.4g}")
+    print(f"{args.out}: {len(L)} features, {settings['edges']:,} edges, eigenvalues 0, {settings['connectivity']:.4g} ... "
+          f"{settings['largest_eigenvalue']:.4g}")
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common import UserError, replacing
+from common import RANK, UserError, replacing
 from data import tokenizer as tokenizers
 from model import ModelConfig, Tauformer
-from processes import RANK, placed, whole
+from processes import placed, whole
 
 HEADER = ("config", "tokenizer", "run")
 DIGITS = 64  # of the hash

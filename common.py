@@ -9,6 +9,9 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, default))  # among the processes that torchrun started
+                           for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+
 
 class UserError(ValueError):
     """A mistake of the user's: one line that says what was wrong, with which value, and what to do."""
@@ -34,7 +37,7 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (UserError, OSError) as error:
-        rank = f" on rank {os.environ['RANK']}" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        rank = f" on rank {RANK}" if WORLD > 1 else ""
         print(f"{Path(sys.argv[0]).name}: error{rank}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1 if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else 2)
     except KeyboardInterrupt:

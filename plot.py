@@ -18,7 +18,6 @@ import torch
 import checkpoint
 from build_laplacian import load_laplacian
 from common import Parser, UserError, read_lines, refuse_existing, replacing, run
-from model import head_laplacians
 
 
 def read_metrics(folder):
@@ -80,40 +79,64 @@ def draw_bands(axis, layer, tokens, lambdas):
     axis.legend(fontsize="small")
 
 
-def draw_spectra(axis, L, config):
-    """Eigenvalues of L (F, F) and, of a model's, of the Laplacians that its heads use."""
+def draw_spectra(axis, L, heads):
+    """Eigenvalues of L (F, F) and of the Laplacians (D, D) of heads."""
     axis.plot(torch.linalg.eigvalsh(L), label=f"L, F = {len(L)}")
-    if config is not None and len(L) == config.n_embd:
-        for number, head in enumerate(head_laplacians(L, config)):
-            axis.plot(torch.linalg.eigvalsh(head), alpha=0.7, linewidth=1, label=f"key head {number}")
+    for number, head in enumerate(heads):
+        axis.plot(torch.linalg.eigvalsh(head), alpha=0.7, linewidth=1, label=f"key head {number}")
     axis.set(xlabel="eigenvector", ylabel="eigenvalue", title="spectrum of the Laplacian")
     axis.legend(fontsize="small")
 
 
 def draw_adjacency(axis, L):
-    weights = (L.diag().diag() - L).numpy()
+    order = torch.linalg.eigh(L)[1][:, 1].argsort()  # by the Fiedler vector: what is near in the graph stands together
+    weights = (L.diag().diag() - L)[order][:, order].numpy()
     image = axis.imshow(weights, cmap="magma", interpolation="nearest")
-    axis.set(xlabel="feature", ylabel="feature", title="adjacency: edge weights")
+    axis.set(xlabel="feature, in Fiedler order", ylabel="feature, in Fiedler order", title="adjacency: edge weights")
     axis.figure.colorbar(image, ax=axis, shrink=0.8)
+
+
+def draw_degrees(axis, L):
+    axis.hist((L != 0).sum(1) - 1, bins=30)
+    axis.set(xlabel="edges of a feature", ylabel="features", title="degrees")
+
+
+def laplacian_panels(L, heads):
+    return [partial(draw_spectra, L=L, heads=heads), partial(draw_adjacency, L=L), partial(draw_degrees, L=L)]
 
 
 def overview(sources, folders):
     """The panels of the usual figure, functions of an axis."""
-    runs, L, config = {str(folder): read_metrics(folder) for folder in folders}, None, None
+    runs, L, heads = {str(folder): read_metrics(folder) for folder in folders}, None, []
     for source in sources:
         if L is None and source.suffix == ".parquet":
             L = torch.from_numpy(load_laplacian(source))
         elif L is None and any(source.glob("*.safetensors")):
             path = checkpoint.find(source)
             tensors, header = checkpoint.read(path)
-            L, config = tensors.get("laplacian"), checkpoint.build_model(tensors, header, path).config
+            L, model = tensors.get("laplacian"), checkpoint.build_model(tensors, header, path)
+            heads = model.laplacian if L is not None and len(L) == model.config.n_embd else []
     panels = [partial(draw_losses, runs=runs, key=key, label=label)
               for key, label in (("tokens", "tokens"), ("elapsed_s", "seconds")) if runs]
     if any("tau" in record for metrics in runs.values() for record in metrics["val"]):
         panels.append(partial(draw_energies, runs=runs))
     if L is not None:
-        panels += [partial(draw_spectra, L=L, config=config), partial(draw_adjacency, L=L)]
+        panels += laplacian_panels(L, heads)
     return panels
+
+
+def draw(panels, out):
+    """The figure of some panels, functions of an axis."""
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(5.5 * columns, 4.5 * rows), layout="constrained", squeeze=False)
+    for axis, draw in zip(axes.flat, panels):
+        draw(axis)
+    for unused in axes.flat[len(panels):]:
+        unused.remove()
+    with replacing(out) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+    print(f"figure: {out}")
 
 
 def main():
@@ -139,16 +162,7 @@ def main():
         panels = [partial(draw_bands, layer=layer, tokens=tokens, lambdas=lambdas[:, layer]) for layer in range(lambdas.shape[1])]
     else:
         panels = overview(args.sources, folders)
-    columns = min(len(panels), 3)
-    rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(5.5 * columns, 4.5 * rows), layout="constrained", squeeze=False)
-    for axis, draw in zip(axes.flat, panels):
-        draw(axis)
-    for unused in axes.flat[len(panels):]:
-        unused.remove()
-    with replacing(out) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-    print(f"figure: {out}")
+    draw(panels, out)
 
 
 if __name__ == "__main__":

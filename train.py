@@ -26,12 +26,12 @@ import checkpoint
 import processes
 import taumode
 from build_laplacian import load_laplacian
-from common import UserError, choose_device, commit, peak_rss_mb, read_lines, replacing, run
+from common import LOCAL_RANK, RANK, WORLD, UserError, choose_device, commit, peak_rss_mb, read_lines, replacing, run
 from config import changed_settings, config_hash, parse
 from data.corpus import Corpus
 from diagnostics import collapses, diagnose
 from model import LOSS_CHUNK, ModelConfig, Tauformer
-from processes import LOCAL_RANK, RANK, WORLD, no_sync, summed, whole
+from processes import no_sync, summed, whole
 
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
               "4090": 165e12, "3090": 71e12}  # dense bfloat16, by a part of the device's name

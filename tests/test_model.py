@@ -171,6 +171,23 @@ def test_kron_reduction_keeps_the_network():
                                        part[i, i] + part[j, j] - 2 * part[i, j])
 
 
+def test_kron_reduction_by_elimination_and_by_harmonic_extension():
+    """One node after the other by Gauss, as in a network of resistors; and x^T L_h x is the least energy of any x on the
+    whole graph with these values on the head's features, which the harmonic extension has."""
+    L = random_laplacian(20, seed=5)
+    eliminated = L.clone()
+    for node in [*range(19, 11, -1), *range(3, -1, -1)]:
+        others = [i for i in range(len(eliminated)) if i != node]
+        row = eliminated[node][others]
+        eliminated = eliminated[others][:, others] - torch.outer(row, row) / eliminated[node, node]
+    reduced = kron_reduction(L, slice(4, 12))
+    torch.testing.assert_close(reduced, eliminated, atol=1e-10, rtol=0)
+    outside = [*range(4), *range(12, 20)]
+    x = torch.randn(20, dtype=torch.float64)
+    x[outside] = torch.linalg.solve(L[outside][:, outside], -L[outside][:, 4:12] @ x[4:12])
+    assert (x @ L @ x).item() == pytest.approx((x[4:12] @ reduced @ x[4:12]).item(), abs=1e-10)
+
+
 def test_heads_share_the_laplacian_of_the_first_query_head():
     L, config = random_laplacian(32), ModelConfig(n_head=4, n_kv_head=2, n_embd=32)
     heads = head_laplacians(L, config)
