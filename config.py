@@ -40,6 +40,9 @@ class Settings:
     n_head: int = setting(6, "heads of queries", POSITIVE)
     n_kv_head: int = setting(0, "heads of keys and values, a divisor of n_head (0: n_head)", NOT_NEGATIVE)
     n_embd: int = setting(384, "width", POSITIVE)
+    embedding_init: str = setting("normal", "of the token embeddings of a run from scratch. normal: N(0, 0.02); domain: the "
+                                  "domain's own token vectors, DATA_DIR/token_embeddings.npy, scaled to that variance",
+                                  one_of("normal", "domain"))
     dropout: float = setting(0.0, "on embeddings and on what attention and MLP add; for small corpora", FRACTION)
     temperature: float = setting(1.0, "of the tau logits -|lambda_q - lambda_k| / temperature", POSITIVE)
     softcap: float = setting(15.0, "logits are softcap * tanh(logits / softcap); 0: as they are", NOT_NEGATIVE)
@@ -52,6 +55,8 @@ class Settings:
     tau_smoothing: float = setting(0.5, "share of log tau that such a move keeps", FRACTION)
     tau_drift: float = setting(0.1, "|log(median energy / tau)| past which tau_mode gradient moves", NOT_NEGATIVE)
     # a step
+    train_fraction: float = setting(1.0, "part of train.bin, from its start, that is trained on",
+                                    (lambda value: 0 < value <= 1, "above 0 and at most 1"))
     max_steps: int = setting(5000, "optimiser steps of the whole run", NOT_NEGATIVE)
     batch_size: int = setting(16, "sequences in memory at once, on each device", POSITIVE)
     grad_accum_steps: int = setting(8, "such batches a step, all devices together", POSITIVE)

@@ -26,6 +26,7 @@ from common import UserError
 
 ENERGY_EPS = NORM_EPS = 1e-6
 TAU_MODES = ("fixed", "mean", "percentile", "adaptive", "gradient", "learned")  # taumode.py
+INIT_STD = 0.02
 DOT_SCALE = 1.2  # sharpens the dot twin, whose queries and keys are normed
 LOSS_CHUNK = 128  # tokens whose logits are in memory at once, or a 32nd of the batch if that is more
 
@@ -345,7 +346,7 @@ class Tauformer(nn.Module):
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
                 residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+                nn.init.normal_(weight, std=INIT_STD / math.sqrt(2 * self.config.n_layer) if residual else INIT_STD)
 
     def rotary(self, start, stop):
         return self.cos[start:stop], self.sin[start:stop]

@@ -8,7 +8,6 @@ from pathlib import Path
 from common import Parser, UserError, read_lines, run
 from config import NO_RESULT, Settings
 
-NOT_SHOWN = (*NO_RESULT, "laplacian")
 
 
 def read_results(paths):
@@ -26,7 +25,10 @@ def table(records):
     groups = {}
     for record in records:
         groups.setdefault(record["config"], []).append(record)
-    shown = [{name: given for name, given in group[0]["settings"].items() if name not in NOT_SHOWN} for group in groups.values()]
+    shown = [{name: given for name, given in group[0]["settings"].items() if name not in NO_RESULT} for group in groups.values()]
+    for settings in shown:
+        if settings.get("laplacian") == f"{settings.get('data_dir', Settings.data_dir)}/laplacian.parquet":
+            del settings["laplacian"]  # the default
     names = [name for name in dict.fromkeys(name for settings in shown for name in settings)
              if len({value(settings, name) for settings in shown}) > 1]
     rows = ["| " + " | ".join([*names, "seeds", "best validation loss", "spread", "seconds a run"]) + " |",

@@ -30,7 +30,7 @@ from common import LOCAL_RANK, RANK, WORLD, UserError, choose_device, commit, pe
 from config import changed_settings, config_hash, parse
 from data.corpus import Corpus
 from diagnostics import collapses, diagnose
-from model import LOSS_CHUNK, ModelConfig, Tauformer
+from model import INIT_STD, LOSS_CHUNK, ModelConfig, Tauformer
 from processes import no_sync, summed, whole
 
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
@@ -65,7 +65,10 @@ def started_model(settings, given, corpus):
         config = ModelConfig(vocab_size=corpus.vocab_size, **{name: getattr(settings, name) for name in names})
         check_length(settings, corpus, config.block_size)
         try:
-            return Tauformer(config, laplacian), laplacian, None
+            model = Tauformer(config, laplacian)
+            if settings.embedding_init == "domain":
+                start_embedding(model, Path(settings.data_dir) / "token_embeddings.npy")
+            return model, laplacian, None
         except (RuntimeError, MemoryError) as error:
             raise UserError(f"the model does not fit into memory: lower n_layer = {config.n_layer} or n_embd = "
                             f"{config.n_embd} ({str(error).splitlines()[0]})") from None
@@ -95,6 +98,24 @@ def started_model(settings, given, corpus):
     check_length(settings, corpus, changes.get("block_size", header["config"].get("block_size", 0)))
     model = checkpoint.build_model(tensors, header, path, laplacian, **changes)
     return model, laplacian, (path, tensors, header) if resume else None
+
+
+@torch.no_grad()
+def start_embedding(model, path):
+    """Give every token the direction of its row of a file (V, F), F = n_embd, and the length that it has on average
+    anyway; one whose row is zero keeps its random vector."""
+    if not path.exists():
+        raise UserError(f'embedding_init = "domain" needs {path}: make it with `python data/embed.py {path.parent} --overwrite`')
+    try:
+        vectors = torch.from_numpy(np.load(path)).float()
+    except (ValueError, TypeError, EOFError) as error:
+        raise UserError(f"{path} is damaged ({error}): make it again with data/embed.py --overwrite") from None
+    weight = model.embedding.weight
+    if vectors.shape != weight.shape:
+        raise UserError(f"{path} is {tuple(vectors.shape)}, but vocabulary and n_embd are {tuple(weight.shape)}: make it again "
+                        f"with data/embed.py --dim={weight.size(1)} --overwrite")
+    length = vectors.norm(dim=1, keepdim=True)
+    weight.copy_(torch.where(length > 0, vectors * (INIT_STD * math.sqrt(weight.size(1)) / length.clamp_min(1e-30)), weight))
 
 
 def check_length(settings, corpus, T):
@@ -249,6 +270,7 @@ def train(settings, given):
 
     # data, model: everything that can be the user's mistake is found before the output folder is touched
     corpus = Corpus(settings.data_dir)
+    corpus.train = corpus.train[:math.ceil(len(corpus.train) * settings.train_fraction)]
     out_dir = Path(settings.out_dir)
     if settings.overwrite and settings.init_from in ("auto", "resume"):
         raise UserError(f"overwrite = True starts a run anew, init_from = {settings.init_from!r} goes on with it: leave one out")
@@ -292,7 +314,7 @@ def train(settings, given):
         """The idx (B, T) of this process's batches of the step to come."""
         return (to_device(training_batch(corpus, settings, T, state["step"], micro), device)[0] for micro in micro_batches)
 
-    if config.attention == "tau" and not (resume or settings.eval_only):
+    if config.attention == "tau" and not resume and ("laplacian" in given or not settings.eval_only):
         with autocast:
             taumode.calibrate(raw_model, step_batches(), settings)
     ema = [weight.detach().clone() for weight in weights] if settings.ema_decay else None

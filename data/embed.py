@@ -1,13 +1,15 @@
-"""Texts -> embeddings.npy (N, F) float32: one row for each document of a prepared corpus's training split.
+"""Texts -> embeddings.npy (N, F) float32, one row for each document of a prepared corpus's training split, and
+token_embeddings.npy (V, F), one for each token of its vocabulary (embedding_init = "domain" starts from it).
 
 lsa, the default, is latent semantic analysis (Deerwester et al. 1990): TF-IDF of the documents' words, the F largest
 singular directions, turned so that each stands for few words (varimax), rows of unit length. It needs no download.
 The turn changes no distance between documents, but a graph of features needs it: as the SVD leaves them, any two
-feature columns are orthogonal, and no feature has neighbours. Any other --model is a sentence-transformers model, by
-name or by path; all-MiniLM-L6-v2 is the published run's."""
+feature columns are orthogonal, and no feature has neighbours. lsa.npz keeps the words and their vectors, for other texts.
+Any other --model is a sentence-transformers model, by name or by path; all-MiniLM-L6-v2 is the published run's."""
 
 import os
 import sys
+import zipfile
 from itertools import islice
 from pathlib import Path
 
@@ -19,12 +21,14 @@ from data.corpus import Corpus
 
 
 def lsa(texts, dim, seed):
-    """(N, dim) float32, rows of unit length; a document without any word that others have too is a row of zeros."""
+    """((N, dim) float32, words, idf (W,), vectors (W, dim)): the documents' embeddings, rows of unit length (a document
+    without any word that others have too is a row of zeros), and what lsa_embeddings() needs to make others'."""
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.preprocessing import normalize
+    vectorizer = TfidfVectorizer(sublinear_tf=True, min_df=2, max_features=50_000)
     try:
-        tfidf = TfidfVectorizer(sublinear_tf=True, min_df=2, max_features=50_000).fit_transform(texts)
+        tfidf = vectorizer.fit_transform(texts)
     except UserError:
         raise
     except ValueError:  # no word stands in two documents
@@ -34,7 +38,42 @@ def lsa(texts, dim, seed):
                         f"{tfidf.shape[1]}: take a smaller --dim")
     svd = TruncatedSVD(dim, random_state=seed)
     documents = svd.fit_transform(tfidf)
-    return normalize(documents @ varimax(svd.components_.T)).astype(np.float32)
+    rotation = varimax(svd.components_.T)
+    return (normalize(documents @ rotation).astype(np.float32), vectorizer.get_feature_names_out().astype(str),
+            vectorizer.idf_, (svd.components_.T @ rotation).astype(np.float32))
+
+
+def lsa_embeddings(texts, path):
+    """(N, F) float32 of other texts, by the lsa.npz of a corpus: rows of unit length, or of zeros for a text without any of
+    its words."""
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.preprocessing import normalize
+    try:
+        with np.load(path) as file:
+            words, idf, vectors = file["words"], file["idf"], file["vectors"]
+        if not len(words) == len(idf) == len(vectors) or vectors.ndim != 2:
+            raise ValueError("its arrays do not fit together")
+        counts = CountVectorizer(vocabulary=words.tolist()).transform(texts).astype(float)
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged ({error}): make it again with data/embed.py --overwrite") from None
+    counts.data = (1 + np.log(counts.data)) * idf[counts.indices]
+    return normalize(counts @ vectors).astype(np.float32)
+
+
+def lsa_token_embeddings(tokenizer, words, idf, vectors):
+    """(V, F) float32: for each token the mean vector of the words that it is a part of, each as often as there are documents
+    with it; rows of zeros for tokens that stand in no word."""
+    from scipy.sparse import csr_array
+    tokens, parts = [], []
+    for number, word in enumerate(words):
+        for form in (word, f" {word}", word.capitalize(), f" {word.capitalize()}", word.upper()):
+            try:
+                tokens += (ids := tokenizer.encode(form))
+                parts += [number] * len(ids)
+            except UserError:  # a character that the vocabulary has not
+                pass
+    weights = csr_array((np.exp(-idf)[parts], (tokens, parts)), shape=(tokenizer.vocab_size, len(words)))
+    return (weights @ vectors / np.maximum(weights.sum(1), 1e-12)[:, None]).astype(np.float32)
 
 
 def varimax(loadings):
@@ -48,7 +87,7 @@ def varimax(loadings):
     return rotation * np.sign(((loadings @ rotation)**3).sum(0))
 
 
-def sentence_model(texts, name, dim):
+def sentence_model(texts, name):
     """(N, F) float32 of unit length, F the model's own."""
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are not the user's concern
     try:
@@ -61,11 +100,16 @@ def sentence_model(texts, name, dim):
     except Exception as error:  # whatever the hub's client raises without a network
         raise UserError(f"model {name!r} could not be loaded ({type(error).__name__}): give the path of a "
                         "downloaded one, or take --model=lsa") from None
-    F = len(model.encode(""))
-    if dim not in (None, F):
-        raise UserError(f"--dim={dim}: {name} makes {F} features; leave --dim out here and give it to "
-                        "build_laplacian.py")
     return model.encode(list(texts), normalize_embeddings=True, show_progress_bar=True).astype(np.float32)
+
+
+def token_strings(tokenizer):
+    """What each token stands for, without the space around it: "" for the end token and for parts of a character."""
+    texts = (tokenizer.decode_bytes([token]) for token in range(tokenizer.vocab_size))
+    texts = [text.decode(errors="ignore").strip() for text in texts]
+    if tokenizer.end_token is not None:
+        texts[tokenizer.end_token] = ""
+    return texts
 
 
 def main():
@@ -81,15 +125,28 @@ def main():
     for name in ("dim", "documents"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)} must be positive")
-    out = args.data_dir / "embeddings.npy"
     corpus = Corpus(args.data_dir)
-    refuse_existing(out, args.overwrite)
+    for name in ("embeddings.npy", "token_embeddings.npy", "lsa.npz"):
+        refuse_existing(args.data_dir / name, args.overwrite)
+
+    def write(name, save, *arrays, **named):
+        with replacing(args.data_dir / name) as temporary, open(temporary, "wb") as file:
+            save(file, *arrays, **named)
+
     texts = islice(corpus.documents("train"), args.documents)
-    embeddings = lsa(texts, args.dim or 384, args.seed) if args.model == "lsa" \
-        else sentence_model(texts, args.model, args.dim)
-    with replacing(out) as temporary, open(temporary, "wb") as file:
-        np.save(file, embeddings)
-    print(f"{out}: {embeddings.shape[0]:,} documents, {embeddings.shape[1]} features")
+    if args.model == "lsa":
+        embeddings, words, idf, vectors = lsa(texts, args.dim or 384, args.seed)
+        tokens = lsa_token_embeddings(corpus.tokenizer, words, idf, vectors)
+        write("lsa.npz", np.savez, words=words, idf=idf, vectors=vectors)
+    elif args.dim is not None:
+        raise UserError(f"--dim={args.dim} is for lsa: {args.model} has its own; give --dim to build_laplacian.py")
+    else:
+        embeddings, strings = sentence_model(texts, args.model), token_strings(corpus.tokenizer)
+        tokens = sentence_model(strings, args.model)
+        tokens[[not string for string in strings]] = 0
+    write("token_embeddings.npy", np.save, tokens)
+    write("embeddings.npy", np.save, embeddings)
+    print(f"{args.data_dir / 'embeddings.npy'}: {embeddings.shape[0]:,} documents, {embeddings.shape[1]} features")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Does the domain's memory matter? The quick start's model on two domains, the documentation of Python and a JSONL file of
+# yours (the README's figures are of security advisories), for 500 steps:
+#
+#     bash runs/domain.sh FILE.jsonl ["1 2 3"]
+#
+# 1. From scratch: the domain's graph or one with the same degrees and weights on other edges, token embeddings at random
+#    or the domain's own, all of the corpus or a tenth of it.
+# 2. The models of Python's documentation, fine-tuned on the other domain: with their own memory, with that domain's, or
+#    with a random one.
+# 3. The models of all of the corpus with their own graph, their memory swapped for another: results/domain_swaps.jsonl.
+#
+# 60 runs for three seeds, about an hour on two cores. Finished ones are left, those interrupted go on.
+[ $# -ge 1 ] || { echo 'usage: bash runs/domain.sh FILE.jsonl ["SEEDS"]' >&2; exit 2; }
+text=$(realpath "$1") seeds=${2:-1 2 3}
+. "$(dirname "$0")/setup.sh"
+
+graphs() {  # those of a corpus of 128 features
+    [ -f "$1/token_embeddings.npy" ] || show python data/embed.py "$1" --dim=128 --overwrite
+    [ -f "$1/laplacian.parquet" ] || show python build_laplacian.py "$1/embeddings.npy" --out="$1/laplacian.parquet"
+    [ -f "$1/random.parquet" ] || show python build_laplacian.py "$1/embeddings.npy" --graph=random --out="$1/random.parquet"
+}
+train() { show python train.py configs/quickstart.toml --init_from=auto --results=results/domain.jsonl "$@"; }
+
+python_docs=data/python_docs other=data/other_domain tuned=data/other_domain_tuned
+[ -f $python_docs/meta.json ] || show python data/python_docs/prepare.py --vocab_size=2048 --val_fraction=0.05
+[ -f $other/meta.json ] || show python data/jsonl/prepare.py "$text" --vocab_size=2048 --val_fraction=0.05 --out_dir=$other
+graphs $python_docs
+graphs $other
+[ -f data/chain.parquet ] || show python build_laplacian.py --graph=chain --dim=128 --out=data/chain.parquet
+
+for seed in $seeds; do
+    for fraction in 1.0 0.1; do for data in $python_docs $other; do for graph in laplacian random; do for init in normal domain; do
+        train --data_dir=$data --laplacian=$data/$graph.parquet --embedding_init=$init --train_fraction=$fraction --seed=$seed \
+            --max_steps=500 --lr_decay_steps=500 --eval_interval=100 --out_dir=out/domain/$(basename $data)/$graph/$init/$fraction/$seed
+    done; done; done; done
+
+    for init in normal domain; do
+        trained=out/domain/python_docs/laplacian/$init/1.0/$seed
+        [ -f $tuned/meta.json ] || show python data/jsonl/prepare.py "$text" --tokenizer=$trained --val_fraction=0.05 --out_dir=$tuned
+        graphs $tuned
+        for graph in $python_docs/laplacian $tuned/laplacian $tuned/random; do
+            out=out/domain/tuned/$init/$graph/$seed
+            from=$trained
+            compgen -G "$out/step_*" > /dev/null && from=auto
+            train --init_from=$from --data_dir=$tuned --laplacian=$graph.parquet --embedding_init=$init --seed=$seed --learning_rate=1e-3 \
+                --max_steps=200 --lr_decay_steps=200 --warmup_steps=20 --eval_interval=50 --out_dir=$out
+        done
+    done
+
+    for data in $python_docs $other; do for init in normal domain; do
+        trained=out/domain/$(basename $data)/laplacian/$init/1.0/$seed
+        for graph in $python_docs/laplacian $other/laplacian $data/random data/chain; do for tau in kept measured; do
+            line="{\"run\": \"$trained\", \"seed\": $seed, \"laplacian\": \"$graph\", \"tau\": \"$tau\""
+            grep -qsF "$line" results/domain_swaps.jsonl && continue
+            from=$trained
+            [ $tau = kept ] && from=resume
+            loss=$(python train.py configs/quickstart.toml --data_dir=$data --init_from=$from --out_dir=$trained --eval_only=True \
+                --laplacian=$graph.parquet --seed=$seed | tee /dev/stderr | sed -n 's/^validation loss \([0-9.]*\),.*/\1/p')
+            echo "$line, \"loss\": $loss}" >> results/domain_swaps.jsonl
+        done; done
+    done; done
+done
+show python study.py results/domain.jsonl
