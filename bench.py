@@ -1,8 +1,9 @@
-"""Measure: the attention operator, a whole training step, and whether training curves agree.
+"""Measure: the attention operator, a whole training step, whether training curves agree, and the build of a Laplacian.
 
     python bench.py attention                     # against flash SDPA, 256 to 65,536 tokens
     python bench.py train_step --nanogpt=DIR      # the 30M model, and nanoGPT's from a checkout of it
     python bench.py curves                        # 200 steps of the quick start, by every implementation
+    python bench.py laplacian                     # the build of a Laplacian, 2,000 to 320,272 rows
 
 What is compared runs in turn, and medians are reported, because a machine is seldom quiet. Tables and figures go to
 results/."""
@@ -12,22 +13,27 @@ import json
 import multiprocessing
 import statistics
 import sys
+import tempfile
+import threading
 import time
 import tomllib
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import build_laplacian
 import model as model_file
 import taumode
 from attention import tau_attention
-from build_laplacian import laplacian_of, random_distances
+from build_laplacian import laplacian_of, load_laplacian, random_distances
 from common import Parser, UserError, commit, peak_rss_mb, replacing, run
 from config import Settings
 from data.corpus import Corpus
+from data.energy import energies
 from model import ModelConfig, Tauformer
 from train import domain_laplacian, learning_rate, to_device, training_batch
 
@@ -35,7 +41,15 @@ RESULTS = Path(__file__).parent / "results"
 HEADS, HEAD_SIZE = 6, 64
 TOKENS = 4096  # of a batch, where one sequence has not more
 LONGEST = {"sdpa": 65536, "naive": 4096, "tree": 65536, "walk": 65536}  # dense weights no longer fit beyond
+EMBEDDED = (2000, 8000, 32027, 320272)  # rows; the last is the published run's
+WITH_ARROWSPACE = (2000, 8000)
 LAYERS, WIDTH, VOCABULARY = 6, 384, 30522  # configs/tau_30m.toml
+
+
+def in_own_process(function, *args):
+    """So that it does not inherit the memory of what ran before."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, args)
 
 
 def operator(impl, B, T):
@@ -166,9 +180,8 @@ def bench_train_step(args):
         measured = {contender: [] for contender in contenders}
         for _ in tqdm(range(args.repeats), desc=f"T = {T}", disable=None):
             for contender in contenders:
-                with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    measured[contender].append(pool.apply(train_step, (contender, args.nanogpt, B, T, args.steps, args.compile,
-                                                                       torch.get_num_threads())))
+                measured[contender].append(in_own_process(train_step, contender, args.nanogpt, B, T, args.steps, args.compile,
+                                                          torch.get_num_threads()))
         for contender, results in measured.items():
             seconds, memory = (statistics.median(column) for column in zip(*results))
             rows.append({"model": contender, "B": B, "T": T, "compile": args.compile, "step_s": seconds,
@@ -217,6 +230,79 @@ def bench_curves(args):
     write("curves", rows, args)
 
 
+def resident_mb():
+    """What this process holds in memory, in MB, without mapped files; Linux only."""
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 2**10
+
+
+def measured_build(embeddings, out):
+    """(seconds, MB above what the libraries hold) of build_laplacian.py, in this process."""
+    before, most, done = resident_mb(), 0.0, threading.Event()
+
+    def watch():
+        nonlocal most
+        while not done.wait(0.005):
+            most = max(most, resident_mb())
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    sys.argv = ["build_laplacian.py", str(embeddings), f"--out={out}", "--overwrite"]
+    begin = time.perf_counter()
+    build_laplacian.main()
+    seconds = time.perf_counter() - begin
+    done.set()
+    watcher.join()
+    return seconds, most - before
+
+
+def measured_arrowspace(embeddings, laplacian):
+    """(seconds, rank correlation of its lambdas with our energies) of the arrowspace package; None without it."""
+    try:
+        from arrowspace import ArrowSpaceBuilder
+    except ImportError:
+        return None
+    from scipy.stats import spearmanr
+    x = np.load(embeddings).astype(np.float64)
+    begin = time.perf_counter()
+    space, _ = ArrowSpaceBuilder.build({"eps": 1.31, "k": 25, "topk": 15, "p": 1.8, "sigma": 0.535}, x)
+    return time.perf_counter() - begin, spearmanr(energies(x, load_laplacian(laplacian)), space.lambdas()).statistic
+
+
+def bench_laplacian(args):
+    """The build of a Laplacian from 2,000 to 320,272 rows of 384 features, float32: those of --embeddings, repeated as
+    often as it takes, or random ones. Beside it, where it is installed, the arrowspace package."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        files = {count: Path(folder) / f"{count}.npy" for count in EMBEDDED}
+        source = np.load(args.embeddings) if args.embeddings else None
+        for count, path in files.items():
+            generator = np.random.default_rng(0)
+            mixing = generator.standard_normal((WIDTH, WIDTH)).astype(np.float32)
+            with open(path, "wb") as file:
+                np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (
+                    count, WIDTH if source is None else source.shape[1])})
+                for first in range(0, count, 10000):
+                    n = min(10000, count - first)
+                    x = (generator.standard_normal((n, WIDTH), np.float32) @ mixing if source is None
+                         else source[np.arange(first, first + n) % len(source)])
+                    x.astype(np.float32).tofile(file)
+        out = Path(folder) / "laplacian.parquet"
+        found = {count: [] for count in files}
+        for _ in range(args.repeats):
+            for count, path in files.items():
+                found[count].append(in_own_process(measured_build, path, out))
+        for count, path in files.items():
+            seconds, memory = (statistics.median(values) for values in zip(*found[count]))
+            rows.append({"rows": count, "seconds": seconds, "memory_mb": memory, "arrowspace_s": "-", "rank_correlation": "-"})
+            if count in WITH_ARROWSPACE:
+                in_own_process(measured_build, path, out)
+                theirs = in_own_process(measured_arrowspace, path, out)
+                if theirs is None:
+                    print("without arrowspace, which is not installed (pip install arrowspace)", file=sys.stderr)
+                else:
+                    rows[-1] |= {"arrowspace_s": theirs[0], "rank_correlation": theirs[1]}
+    write("laplacian", rows, args)
+
+
 def write(name, rows, args):
     """Print a table and write it, with what it was measured on, to results/NAME.json."""
     columns = list(rows[0])
@@ -232,8 +318,9 @@ def write(name, rows, args):
 
 def main():
     options = Parser(__doc__)
-    options.add_argument("what", choices=("attention", "train_step", "curves"))
+    options.add_argument("what", choices=("attention", "train_step", "curves", "laplacian"))
     options.add_argument("--nanogpt", metavar="DIR", help="train_step: a checkout of nanoGPT to measure too")
+    options.add_argument("--embeddings", metavar="FILE.npy", help="laplacian: rows to repeat (default: random ones)")
     options.add_argument("--compile", action="store_true", help="train_step: torch.compile every model")
     options.add_argument("--longest", type=int, default=65536, help="tokens (default: %(default)s)")
     options.add_argument("--repeats", type=int, default=5, help="runs, of which the median (default: %(default)s)")
@@ -242,7 +329,8 @@ def main():
     for name, least in (("longest", 1024), ("repeats", 1), ("steps", 1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name}={getattr(args, name)} must be at least {least}")
-    {"attention": bench_attention, "train_step": bench_train_step, "curves": bench_curves}[args.what](args)
+    {"attention": bench_attention, "train_step": bench_train_step, "curves": bench_curves,
+     "laplacian": bench_laplacian}[args.what](args)
 
 
 if __name__ == "__main__":

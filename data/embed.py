@@ -87,7 +87,7 @@ def varimax(loadings):
     return rotation * np.sign(((loadings @ rotation)**3).sum(0))
 
 
-def sentence_model(texts, name):
+def sentence_model(texts, name, dim=None):
     """(N, F) float32 of unit length, F the model's own."""
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are not the user's concern
     try:
@@ -100,6 +100,9 @@ def sentence_model(texts, name):
     except Exception as error:  # whatever the hub's client raises without a network
         raise UserError(f"model {name!r} could not be loaded ({type(error).__name__}): give the path of a "
                         "downloaded one, or take --model=lsa") from None
+    F = len(model.encode(""))
+    if dim not in (None, F):
+        raise UserError(f"--dim={dim}: {name} makes {F} features; leave --dim out here and give it to build_laplacian.py")
     return model.encode(list(texts), normalize_embeddings=True, show_progress_bar=True).astype(np.float32)
 
 
@@ -138,10 +141,8 @@ def main():
         embeddings, words, idf, vectors = lsa(texts, args.dim or 384, args.seed)
         tokens = lsa_token_embeddings(corpus.tokenizer, words, idf, vectors)
         write("lsa.npz", np.savez, words=words, idf=idf, vectors=vectors)
-    elif args.dim is not None:
-        raise UserError(f"--dim={args.dim} is for lsa: {args.model} has its own; give --dim to build_laplacian.py")
     else:
-        embeddings, strings = sentence_model(texts, args.model), token_strings(corpus.tokenizer)
+        embeddings, strings = sentence_model(texts, args.model, args.dim), token_strings(corpus.tokenizer)
         tokens = sentence_model(strings, args.model)
         tokens[[not string for string in strings]] = 0
     write("token_embeddings.npy", np.save, tokens)

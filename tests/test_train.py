@@ -85,6 +85,8 @@ def test_memory_can_be_swapped_and_evaluated(here):
     own, chain = ok(*evaluate, cwd=here), ok(*evaluate, "--laplacian=chain.parquet", cwd=here)
     best = min(record["loss"] for record in metrics(here / "sharp") if record["split"] == "val")
     assert f"validation loss {best:.4f}" in own and own != chain
+    kept = ok(*evaluate, "--laplacian=chain.parquet", "--init_from=resume", cwd=here)  # tau, too, is the run's
+    assert kept != chain and ok(*evaluate, "--init_from=resume", cwd=here) == own
     assert (here / "sharp" / "metrics.jsonl").read_bytes() == before
 
 
