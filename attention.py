@@ -170,10 +170,13 @@ def backend(impl):
     return load_walk() if impl == "walk" else Tree
 
 
-@torch.compiler.assume_constant_result  # torch.compile asks once and does not look inside
 def fastest(device, context):
     """The impl that "auto" takes on a device: "short" contexts below 64 tokens, "long" ones from 4,096 on."""
     return _fastest(device, context)
+
+
+# torch.compile asks once and does not look inside: torch.compiler.assume_constant_result, without the seconds of its import
+fastest._dynamo_marked_constant = True
 
 
 @functools.cache

@@ -102,6 +102,8 @@ def opened(path):
         if shard.columns != shards[0].columns:
             raise UserError(f"{shard.path} has {shard.columns} features, {shards[0].path} has {shards[0].columns}: "
                             "shards have the same")
+    if not 2 <= shards[0].columns <= MOST_FEATURES:
+        raise UserError(f"{path} has {shards[0].columns} features: a graph has 2 to {MOST_FEATURES}")
     return shards
 
 
@@ -332,8 +334,6 @@ def build(args):
         raise UserError("EMBEDDINGS is missing: a .npy or parquet file, such as `python data/embed.py DATA_DIR` makes")
     elif F is None:
         raise UserError(f"--graph={args.graph} needs EMBEDDINGS, or --dim=F in their place")
-    if not 2 <= F <= MOST_FEATURES:
-        raise UserError(f"{F} features: a graph has 2 to {MOST_FEATURES}")
     settings["F"] = F
 
     if args.graph == "chain":

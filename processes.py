@@ -5,8 +5,6 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from common import RANK, WORLD
@@ -48,6 +46,7 @@ def wrapped(model, device, shard, compile):
     """The model on its device, as the training step calls it. shard "ddp": every process holds it whole; "fsdp": a part
     of every weight, put together block by block when it is needed."""
     if shard == "fsdp" and WORLD > 1:
+        from torch.distributed.fsdp import fully_shard  # here, because importing it takes a second
         mesh = dist.init_device_mesh(device.type, (WORLD,))
         for part in (*model.blocks, model):
             fully_shard(part, mesh=mesh, reshard_after_forward=True)  # so that nothing older than the weights stays
@@ -74,10 +73,13 @@ def no_sync(model):
 
 def whole(x):
     """x, put together where it is sharded. A meeting."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def placed(x, like):
     """x, a whole tensor, on the device of `like` and sharded as it. A meeting."""
     x = x.to(like.device, like.dtype)
-    return distribute_tensor(x, like.device_mesh, like.placements) if isinstance(like, DTensor) else x
+    if not hasattr(like, "full_tensor"):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(x, like.device_mesh, like.placements)
