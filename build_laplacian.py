@@ -12,6 +12,7 @@ processes (torchrun) each takes its part."""
 import hashlib
 import json
 import sys
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import pyarrow.compute
 import pyarrow.parquet
 from tqdm import tqdm
 
-from common import RANK, WORLD, Parser, UserError, commit, refuse_existing, replacing, run
+from common import RANK, WORLD, Parser, UserError, check_place, commit, refuse_existing, replacing, run
 
 CHUNK_ROWS = 4096
 MOST_FEATURES = 16384  # a dense float64 matrix of that size takes 2 GiB
@@ -33,11 +34,11 @@ class NpyEmbeddings:
     """A .npy file (N, F) of floats, memory-mapped, as `pieces` of CHUNK_ROWS rows: (first row, rows)."""
 
     def __init__(self, path):
-        self.path = path
+        self.path, self.names = path, None
         try:
             array = np.load(path, mmap_mode="r")
-        except (ValueError, EOFError) as error:
-            raise UserError(f"{path} is not a whole .npy file ({error})") from None
+        except (ValueError, EOFError, zipfile.BadZipFile):
+            raise UserError(f"{path} is not a whole .npy file of numbers") from None
         if not isinstance(array, np.ndarray):
             raise UserError(f"{path} is an archive of arrays; embeddings are one array (N, F)")
         if array.ndim != 2 or array.dtype.kind != "f" or 0 in array.shape:
@@ -65,6 +66,7 @@ class ParquetEmbeddings:
                 if not self.rows or not floats or not all(map(pyarrow.types.is_floating, floats)):
                     raise UserError(f"{path}: embeddings have a column of floats a feature, or one column of lists of floats; "
                                     f"it has {self.rows} rows of {', '.join(file.schema_arrow.names[:4])}")
+                self.names = None if self.lists else file.schema_arrow.names
                 self.columns = len(next(file.iter_batches(1)).column(0)[0].as_py() or ()) if self.lists else len(types)
                 rows = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
                 self.pieces = list(zip(np.cumsum([0, *rows]).tolist(), rows))
@@ -91,7 +93,9 @@ class ParquetEmbeddings:
 
 def opened(path):
     """The embeddings of a .npy or parquet file, or those of all such files of a folder, in the order of their names.
-    Raises UserError if they do not have the same features."""
+    Raises UserError if they do not have the same features, as many and, where they have names, of the same names."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
     paths = [path]
     if path.is_dir():
         paths = sorted(file for file in path.iterdir() if file.suffix in (".npy", ".parquet"))
@@ -102,6 +106,9 @@ def opened(path):
         if shard.columns != shards[0].columns:
             raise UserError(f"{shard.path} has {shard.columns} features, {shards[0].path} has {shards[0].columns}: "
                             "shards have the same")
+        named = next((other for other in shards if other.names), shard)
+        if shard.names and shard.names != named.names:
+            raise UserError(f"{shard.path} has not the columns of {named.path} in the same order: shards have the same")
     if not 2 <= shards[0].columns <= MOST_FEATURES:
         raise UserError(f"{path} has {shards[0].columns} features: a graph has 2 to {MOST_FEATURES}")
     return shards
@@ -112,8 +119,9 @@ def gram_matrix(shards, center=False):
     all processes. Raises UserError for a row with NaN or infinity."""
     F = shards[0].columns
     gram, total, count = np.zeros((F, F)), np.zeros(F), 0
-    origin = next(shards[0].read(0))[0].astype(np.float64) if center else 0.0  # near the mean: nothing cancels later
-    todo = [(shard, number) for shard in shards for number in range(len(shard.pieces))][RANK::WORLD]
+    todo = [(shard, number) for shard in shards for number, (_, rows) in enumerate(shard.pieces) if rows]
+    origin = next(todo[0][0].read(todo[0][1]))[0].astype(np.float64) if center else 0.0  # near the mean: nothing cancels later
+    todo = todo[RANK::WORLD]
     progress = tqdm(total=sum(shard.pieces[number][1] for shard, number in todo), desc="reading embeddings", unit=" rows",
                     disable=None if RANK == 0 else True)
     for shard, number in todo:
@@ -134,7 +142,10 @@ def gram_matrix(shards, center=False):
     progress.close()
     if WORLD > 1:
         gram, total, count = joined(gram, total, count)
-    return gram - np.outer(total, total) / count if center else gram, count
+    gram = gram - np.outer(total, total) / count if center else gram
+    if not np.isfinite(gram).all():
+        raise UserError(f"the embeddings' products are past float64: their greatest length is over 1e150: scale them down")
+    return gram, count
 
 
 def joined(gram, total, count):
@@ -184,8 +195,8 @@ def random_distances(F, seed):
 
 def rewired(weights, seed):
     """A random connected graph in which every feature has as many edges as in `weights` (F, F), and the same weights stand
-    on other edges: pairs of edges swap their ends (Maslov & Sneppen 2002), ten times as often as there are edges, and the
-    weights are dealt anew."""
+    on other edges: pairs of edges swap their ends where that makes no edge twice (Maslov & Sneppen 2002), in ten passes
+    over all edges, and the weights are dealt anew."""
     generator = np.random.default_rng(seed)
     ends, edges = np.argwhere(np.triu(weights)), weights > 0
     dealt = generator.permutation(weights[tuple(ends.T)])
@@ -323,6 +334,8 @@ def build(args):
             return None, None
         settings |= {"embeddings": str(args.embeddings), "sha256": digest.result(), "rows": rows, "columns": len(gram),
                      "center": args.center, "zero_columns": int((np.diag(gram) <= 0).sum())}
+        if settings["zero_columns"] == len(gram):
+            raise UserError(f"{args.embeddings}: every feature is {'constant' if args.center else 'zero'}: there is no graph in it")
         if settings["zero_columns"]:
             print(f"{settings['zero_columns']} of {len(gram)} features are {'constant' if args.center else 'zero everywhere'}: "
                   "they stay, at distance 1 from all others")
@@ -330,6 +343,8 @@ def build(args):
             gram = project(gram, args.dim, args.seed)
             settings["seed"] = args.seed
         F, distances = len(gram), feature_distances(gram)
+    elif args.center:
+        raise UserError("--center needs EMBEDDINGS")
     elif args.graph == "domain":
         raise UserError("EMBEDDINGS is missing: a .npy or parquet file, such as `python data/embed.py DATA_DIR` makes")
     elif F is None:
@@ -349,7 +364,11 @@ def build(args):
         print(f"the graph fell into {joins + 1} parts: joined by {joins} shortest pairs")
     settings |= {"k": args.k, "topk": args.topk, "eps": args.eps, "p": args.p, "sigma": args.sigma, "joins": joins}
     weights = edge_weights(distances, edges, args.p, args.sigma)
-    return laplacian_of(rewired(weights, args.seed) if args.graph == "random" and args.embeddings else weights), settings
+    if args.graph == "random" and args.embeddings:
+        weights = rewired(weights, args.seed)
+        settings["edges_kept"] = float((edges & (weights > 0)).sum() / edges.sum())
+        print(f"{settings['edges_kept']:.0%} of the edges are the domain's own: the denser its graph, the more must be")
+    return laplacian_of(weights), settings
 
 
 def numbers(L):
@@ -393,7 +412,7 @@ def main():
     options.add_argument("--out", type=Path, metavar="FILE.parquet")
     options.add_argument("--inspect", type=Path, metavar="FILE.parquet",
                          help="print the numbers of a Laplacian and draw it (to --out, default FILE.png); build nothing")
-    options.add_argument("--n_head", type=int, help="with --inspect: the Laplacians of so many heads, too")
+    options.add_argument("--n_head", type=int, help="with --inspect: also the Laplacians of a model's heads, n_embd being F")
     options.add_argument("--center", action="store_true", help="take the mean of every feature off first")
     options.add_argument("--graph", choices=("domain", "chain", "random", "complete"), default="domain",
                          help="domain: the recipe above (default). Controls: chain, a path with weights 1; "
@@ -420,16 +439,16 @@ def main():
         if args.embeddings:
             raise UserError(f"--inspect={args.inspect} builds nothing: leave {args.embeddings} out")
         out = args.out or args.inspect.with_suffix(".png")
-        if out.suffix != ".png":
-            raise UserError(f"--out={out} must end in .png")
-        refuse_existing(out, args.overwrite)
-        return inspect(args.inspect, args.n_head, out)
-    if args.out is None or args.out.suffix != ".parquet":
-        raise UserError(f"--out={args.out} must be the file to write, and end in .parquet")
-    if not args.out.parent.is_dir():
-        raise UserError(f"folder {args.out.parent} does not exist: make it first")
-    for path in (args.out, args.out.with_suffix(".json")):
-        refuse_existing(path, args.overwrite)
+        check_place(out, ".png", args.overwrite)
+        if RANK == 0:
+            inspect(args.inspect, args.n_head, out)
+        return
+    if args.n_head is not None:
+        raise UserError(f"--n_head={args.n_head} is for --inspect: a Laplacian is the same for any number of heads")
+    if args.out is None:
+        raise UserError("--out=FILE.parquet is missing")
+    check_place(args.out, ".parquet", args.overwrite)
+    refuse_existing(args.out.with_suffix(".json"), args.overwrite)
     with np.errstate(all="ignore"):  # what overflows is found by the check
         L, settings = build(args)
     if RANK:

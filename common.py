@@ -85,6 +85,15 @@ def refuse_existing(path, overwrite):
         raise UserError(f"{path} exists already: give --overwrite to replace it, or another place")
 
 
+def check_place(path, suffix, overwrite):
+    """Raise UserError unless a file may be written to `path`: its name, its folder, and that it is not there yet."""
+    if path.suffix != suffix:
+        raise UserError(f"--out={path} must end in {suffix}")
+    if not path.parent.is_dir():
+        raise UserError(f"folder {path.parent} does not exist: make it first")
+    refuse_existing(path, overwrite)
+
+
 def read_lines(path, *fields):
     """[(line, object)] of a file of JSON objects, one a line; a last line without an end, of a writer that was killed, is
     left out. Raises UserError for a line that is no object or lacks one of the fields."""

@@ -17,7 +17,7 @@ import torch
 
 import checkpoint
 from build_laplacian import load_laplacian
-from common import Parser, UserError, read_lines, refuse_existing, replacing, run
+from common import Parser, UserError, check_place, read_lines, replacing, run
 
 
 def read_metrics(folder):
@@ -153,9 +153,7 @@ def main():
     if not folders and args.out is None:
         raise UserError("--out=FILE.png is missing")
     out = args.out or folders[0] / ("bands.png" if args.bands else "figure.png")
-    if out.suffix != ".png":
-        raise UserError(f"--out={out} must end in .png")
-    refuse_existing(out, args.overwrite)
+    check_place(out, ".png", args.overwrite)
 
     if args.bands:
         tokens, lambdas = read_diagnostics(folders[0])

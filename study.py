@@ -15,7 +15,7 @@ def read_results(paths):
     lines = {}
     for path in paths:
         for _, record in read_lines(path, "run", "config", "seed", "best_loss", "seconds", "tokens", "settings"):
-            lines[record["run"], record["config"], record["seed"]] = record
+            lines[record["run"]] = record
     return list(lines.values())
 
 

@@ -14,8 +14,10 @@ import os
 import signal
 import sys
 import time
+import zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ import checkpoint
 import processes
 import taumode
 from build_laplacian import load_laplacian
-from common import LOCAL_RANK, RANK, WORLD, UserError, choose_device, commit, peak_rss_mb, read_lines, replacing, run
+from common import LOCAL_RANK, RANK, WORLD, UserError, choose_device, commit, output_folder, peak_rss_mb, read_lines, replacing, run
 from config import changed_settings, config_hash, parse
 from data.corpus import Corpus
 from diagnostics import collapses, diagnose
@@ -80,7 +82,7 @@ def started_model(settings, given, corpus):
         path = checkpoint.find(settings.init_from)
         tensors, header = checkpoint.read(path)
     if header["tokenizer"] != corpus.tokenizer.to_json():
-        raise UserError(f"the vocabulary of {settings.data_dir} ({corpus.vocab_size} tokens) is not the one of {path} "
+        raise UserError(f"the vocabulary of {settings.data_dir} ({corpus.vocab_size} tokens) is another than that of {path} "
                         f"({header['config'].get('vocab_size')}): prepare the text with --tokenizer={path.parent}")
     changes = {}
     for name in sorted(given.intersection(names)):
@@ -89,6 +91,10 @@ def started_model(settings, given, corpus):
             changes[name] = ours
         elif ours != theirs and not (name == "n_kv_head" and ours == 0):
             raise UserError(f"{name} = {ours!r}, but {path} has {theirs!r}: leave it out")
+    begun = header["run"].get("settings", {}).get("embedding_init", settings.embedding_init)
+    if "embedding_init" in given and settings.embedding_init != begun:
+        raise UserError(f"embedding_init = {settings.embedding_init!r}, but the embeddings of {path} began as {begun!r}: leave it out")
+    settings.embedding_init = begun
     laplacian = own = tensors.get("laplacian")
     if "laplacian" in given and own is not None and (os.path.exists(settings.laplacian) or not resume or settings.eval_only):
         laplacian = domain_laplacian(settings)
@@ -108,7 +114,9 @@ def start_embedding(model, path):
         raise UserError(f'embedding_init = "domain" needs {path}: make it with `python data/embed.py {path.parent} --overwrite`')
     try:
         vectors = torch.from_numpy(np.load(path)).float()
-    except (ValueError, TypeError, EOFError) as error:
+        if not vectors.isfinite().all():
+            raise ValueError("it holds NaN or infinity")
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is damaged ({error}): make it again with data/embed.py --overwrite") from None
     weight = model.embedding.weight
     if vectors.shape != weight.shape:
@@ -179,13 +187,11 @@ def wandb_run(settings, state):
 
 def finished(settings, state, model, corpus, seconds):
     """Add the line of a finished run to the settings' results file."""
-    path = Path(settings.results)
-    path.parent.mkdir(parents=True, exist_ok=True)
     line = {"run": settings.out_dir, "config": config_hash(settings), "seed": settings.seed, "commit": commit(),
             "data": corpus.meta["sha256"][:12], "parameters": model.parameter_count(), "steps": state["step"],
             "tokens": state["tokens"], "seconds": round(seconds, 1), "best_loss": state["best_loss"],
             "settings": changed_settings(settings)}
-    with open(path, "a") as file:
+    with open(settings.results, "a") as file:
         file.write(json.dumps(line) + "\n")
 
 
@@ -314,7 +320,7 @@ def train(settings, given):
         """The idx (B, T) of this process's batches of the step to come."""
         return (to_device(training_batch(corpus, settings, T, state["step"], micro), device)[0] for micro in micro_batches)
 
-    if config.attention == "tau" and not resume and ("laplacian" in given or not settings.eval_only):
+    if config.attention == "tau" and not (resume or settings.eval_only):
         with autocast:
             taumode.calibrate(raw_model, step_batches(), settings)
     ema = [weight.detach().clone() for weight in weights] if settings.ema_decay else None
@@ -403,9 +409,16 @@ def train(settings, given):
                          f"{settings.skip_limit} (bad steps in a row that are left out)")
 
     if settings.eval_only:
+        swapped = config.attention == "tau" and "laplacian" in given
         record = validation_record()
         if master:
-            print(shown(record))
+            print(shown(record) + (", with tau as it was" if swapped else ""))
+        if swapped:
+            with autocast:
+                taumode.calibrate(raw_model, step_batches(), settings)
+            record = validation_record()
+            if master:
+                print(shown(record) + ", with tau measured on the energies of this Laplacian")
         return
     if state["step"] >= settings.max_steps and resume:
         if master:
@@ -424,12 +437,14 @@ def train(settings, given):
                   f"memory           {memory_needed(raw_model, settings) / 2**30:.2f} GB on each device by counting in float32, "
                   f"{peak_mem_mb(device) / 2**10:.2f} GB at the peak of these steps\n"
                   f"time             {seconds:.2f} s a step, {tokens_per_step / seconds:,.0f} tokens/s, "
-                  f"{seconds * left / 3600:.2f} h for {left:,} steps, without validation")
+                  f"{timedelta(seconds=round(seconds * left))} h for {left:,} steps, without validation")
         return
 
     # the output folder
     if master:
-        out_dir.mkdir(parents=True, exist_ok=True)
+        with output_folder(out_dir):
+            Path(settings.results).parent.mkdir(parents=True, exist_ok=True)
+            open(settings.results, "a").close()  # a place that cannot be written to is found now
         try:
             fcntl.flock(os.open(out_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
         except BlockingIOError:

@@ -29,7 +29,7 @@ def lsa(texts, dim, seed):
     vectorizer = TfidfVectorizer(sublinear_tf=True, min_df=2, max_features=50_000)
     try:
         tfidf = vectorizer.fit_transform(texts)
-    except UserError:
+    except UserError:  # of a damaged corpus; a ValueError too
         raise
     except ValueError:  # no word stands in two documents
         raise UserError("no word occurs in two documents: the corpus is too small for --model=lsa") from None
@@ -93,13 +93,13 @@ def sentence_model(texts, name, dim=None):
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
-        raise UserError(f"--model={name} needs sentence-transformers: `pip install sentence-transformers`, "
-                        "or take --model=lsa") from None
+        raise UserError(f"{name!r}, as a sentence model, needs sentence-transformers: `pip install sentence-transformers`; "
+                        "lsa needs nothing") from None
     try:
         model = SentenceTransformer(name)
     except Exception as error:  # whatever the hub's client raises without a network
-        raise UserError(f"model {name!r} could not be loaded ({type(error).__name__}): give the path of a "
-                        "downloaded one, or take --model=lsa") from None
+        raise UserError(f"{name!r} could not be loaded as a sentence model ({type(error).__name__}): give the path of a "
+                        "downloaded one; lsa needs none") from None
     F = len(model.encode(""))
     if dim not in (None, F):
         raise UserError(f"--dim={dim}: {name} makes {F} features; leave --dim out here and give it to build_laplacian.py")
@@ -126,8 +126,10 @@ def main():
     options.add_argument("--overwrite", action="store_true", help="replace embeddings that are there already")
     args = options.parse_args()
     for name in ("dim", "documents"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name}={getattr(args, name)} must be positive")
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < 2**31:
+            raise UserError(f"--{name}={getattr(args, name)} must be positive and below 2^31")
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed={args.seed} must be 0 or more and below 2^32")
     corpus = Corpus(args.data_dir)
     for name in ("embeddings.npy", "token_embeddings.npy", "lsa.npz"):
         refuse_existing(args.data_dir / name, args.overwrite)
@@ -145,6 +147,7 @@ def main():
         embeddings, strings = sentence_model(texts, args.model, args.dim), token_strings(corpus.tokenizer)
         tokens = sentence_model(strings, args.model)
         tokens[[not string for string in strings]] = 0
+        (args.data_dir / "lsa.npz").unlink(missing_ok=True)  # of other features
     write("token_embeddings.npy", np.save, tokens)
     write("embeddings.npy", np.save, embeddings)
     print(f"{args.data_dir / 'embeddings.npy'}: {embeddings.shape[0]:,} documents, {embeddings.shape[1]} features")

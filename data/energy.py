@@ -6,7 +6,8 @@ lambda = E / (E + tau), where tau is the median of E.
 
 A document of low energy has like values on features that are neighbours in the graph: it is as the domain is. Prints
 percentiles and the least and greatest; with --against, how often a document of the first has the lower energy (the AUC).
-Writes NAME.energies.jsonl, a line a document, and NAME.energies.png, the histogram."""
+Writes NAME.energies.jsonl (of a folder: energies.jsonl in it), a line a document, "document" being its number among those
+that are not empty, from 0, and beside it a .png, the histogram."""
 
 import json
 import sys
@@ -18,7 +19,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import plot
 from build_laplacian import load_laplacian, opened
-from common import Parser, UserError, refuse_existing, replacing, run
+from common import Parser, UserError, check_place, refuse_existing, replacing, run
 from data.corpus import Corpus, read_jsonl
 from data.embed import lsa_embeddings, sentence_model
 from model import ENERGY_EPS
@@ -36,17 +37,19 @@ def documents(path):
 
 
 def embeddings_of(texts, path, source):
-    """(N, F) float64: the rows of a .npy or parquet file; or made here, by a corpus folder's LSA or a sentence model."""
-    if Path(source).suffix in (".npy", ".parquet"):
-        shard, = opened(Path(source))
-        if shard.rows != len(texts):
-            raise UserError(f"{source} has {shard.rows} rows, {path} has {len(texts)} documents: they must match, row by row")
-        x = np.concatenate([rows for number in range(len(shard.pieces)) for rows in shard.read(number)]).astype(np.float64)
-    elif (Path(source) / "lsa.npz").exists():
+    """(N, F) float64: the rows of what build_laplacian.py takes; or made here, by a corpus folder's LSA or a sentence model."""
+    if (Path(source) / "lsa.npz").exists():
         x = lsa_embeddings(texts, Path(source) / "lsa.npz").astype(np.float64)
-    elif Path(source).is_dir() and (Path(source) / "meta.json").exists():
+    elif (Path(source) / "meta.json").exists():
         raise UserError(f"{source} has no lsa.npz: make it with `python data/embed.py {source} --overwrite`, or give "
                         "a file of embeddings or a sentence model")
+    elif Path(source).is_dir() or Path(source).suffix in (".npy", ".parquet"):
+        shards = opened(Path(source))
+        rows = sum(shard.rows for shard in shards)
+        if rows != len(texts):
+            raise UserError(f"{source} has {rows} rows, {path} has {len(texts)} documents: they must match, row by row")
+        x = np.concatenate([rows for shard in shards for number in range(len(shard.pieces)) for rows in shard.read(number)])
+        x = x.astype(np.float64)
     else:
         x = sentence_model(texts, source).astype(np.float64)
     if not np.isfinite(x).all():
@@ -69,9 +72,8 @@ def auc(low, high):
 
 
 def draw_histogram(axis, groups):
-    values = np.concatenate(list(groups.values()))
-    bins = np.linspace(*np.percentile(values, (0, 99.5)), 60)
-    for name, E in groups.items():
+    bins = np.histogram_bin_edges(np.concatenate([E for _, E in groups]), 60)
+    for name, E in groups:
         axis.hist(E, bins, density=True, alpha=0.5, label=f"{name} ({len(E):,})")
     axis.set(xlabel="E", ylabel="density", title="energies of documents")
     axis.legend(fontsize="small")
@@ -85,18 +87,16 @@ def main():
                                                              "them: a corpus folder with an lsa.npz, or a sentence model")
     options.add_argument("--against", type=Path, metavar="TEXTS", help="other texts, to be told from the first")
     options.add_argument("--against_embeddings", help="theirs (default: made by what --embeddings names)")
-    options.add_argument("--out", type=Path, metavar="FILE.jsonl", help="(default: NAME.energies.jsonl beside TEXTS)")
+    options.add_argument("--out", type=Path, metavar="FILE.jsonl", help="(default: NAME.energies.jsonl beside TEXTS, or energies.jsonl in a folder)")
     options.add_argument("--overwrite", action="store_true", help="replace what is there already")
     args = options.parse_args()
-    out = args.out or args.texts.with_name(f"{args.texts.stem}.energies.jsonl")
-    if out.suffix != ".jsonl":
-        raise UserError(f"--out={out} must end in .jsonl")
-    for path in (out, out.with_suffix(".png")):
-        refuse_existing(path, args.overwrite)
+    out = args.out or (args.texts / "energies.jsonl" if args.texts.is_dir() else args.texts.with_suffix(".energies.jsonl"))
+    check_place(out, ".jsonl", args.overwrite)
+    refuse_existing(out.with_suffix(".png"), args.overwrite)
     if args.against_embeddings and not args.against:
         raise UserError("--against_embeddings needs --against")
 
-    L, groups = load_laplacian(args.laplacian), {}
+    L, groups = load_laplacian(args.laplacian), []
     for path, source in ((args.texts, args.embeddings), (args.against, args.against_embeddings or args.embeddings)):
         if path is None:
             continue
@@ -104,26 +104,26 @@ def main():
         x = embeddings_of(texts, path, source)
         if x.shape[1] != len(L):
             raise UserError(f"{source} has {x.shape[1]} features, {args.laplacian} has {len(L)}: they must be the same")
-        groups[str(path)] = texts, energies(x, L)
-        if np.isnan(groups[str(path)][1]).all():
+        groups.append((path, texts, energies(x, L)))
+        if np.isnan(groups[-1][2]).all():
             raise UserError(f"{source}: every embedding of {path} is zero")
-    texts, E = groups[str(args.texts)]
+    _, texts, E = groups[0]
     tau = np.nanmedian(E).clip(ENERGY_EPS)
-    known = {name: values[~np.isnan(values)] for name, (_, values) in groups.items()}
+    known = [(path, E[~np.isnan(E)]) for path, _, E in groups]
 
-    for name, values in known.items():
-        left_out = len(groups[name][0]) - len(values)
+    for (name, values), (_, all_texts, _) in zip(known, groups):
+        left_out = len(all_texts) - len(values)
         print(f"{name}: {len(values):,} documents" + (f", and {left_out:,} whose embedding is zero" if left_out else ""))
         for label, numbers in (("E", values), ("lambda", values / (values + tau))):
             print(f"  {label:<8}" + "  ".join(f"p{p:02} {value:.4f}" for p, value in zip(PERCENTILES, np.percentile(numbers, PERCENTILES))))
     print(f"tau = {tau:.4g}, the median E of {args.texts}")
-    order = np.argsort(E, kind="stable")[:len(known[str(args.texts)])]
+    order = np.argsort(E, kind="stable")[:len(known[0][1])]
     for title, chosen in (("most typical, lowest E", order[:SHOWN]), ("least typical, highest E", order[::-1][:SHOWN])):
         print(f"{title}:")
         for number in chosen:
             print(f"  {E[number]:8.4f}  {number:>6}  {' '.join(texts[number].split())[:90]}")
     if args.against:
-        print(f"AUC {auc(*known.values()):.3f}: the share of pairs in which the document of {args.texts} has the lower energy")
+        print(f"AUC {auc(*(E for _, E in known)):.3f}: the share of pairs in which the document of {args.texts} has the lower energy")
     with replacing(out) as temporary:
         lambdas = E / (E + tau)
         temporary.write_text("".join(json.dumps({"document": number, "energy": None if np.isnan(E[number]) else E[number],

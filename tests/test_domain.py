@@ -121,6 +121,9 @@ def test_energies_of_texts(here, work):
     assert f"p50 {np.median(E[known]):.4f}" in again
     held_out = ok("data/energy.py", f"{work}/docs", "--laplacian=docs/laplacian.parquet", "--embeddings=docs", "--out=v.jsonl", cwd=here)
     assert f"p50 {np.median(E[known]):.4f}" in held_out
+    same = ok("data/energy.py", "mine.jsonl", "--laplacian=docs/laplacian.parquet", "--embeddings=docs", "--against=mine.jsonl",
+              "--out=same.jsonl", cwd=here)
+    assert "AUC 0.500" in same
 
 
 @pytest.mark.parametrize("args, expected", [
@@ -129,7 +132,8 @@ def test_energies_of_texts(here, work):
     (["mine.jsonl", "--embeddings=nan.npy"], "row 1 holds NaN"), (["mine.jsonl", "--embeddings=zero.npy"], "every embedding"),
     (["mine.jsonl", "--laplacian=absent.parquet"], "absent.parquet"), (["mine.jsonl", "--embeddings=torn"], "torn/lsa.npz is damaged"),
     (["mine.jsonl", "--out=o.csv"], "must end in .jsonl"), (["mine.jsonl", "--out=taken.jsonl"], "--overwrite"),
-    (["mine.jsonl", "--against_embeddings=docs"], "needs --against"), (["empty.jsonl"], "no documents")])
+    (["mine.jsonl", "--against_embeddings=docs"], "needs --against"), (["empty.jsonl"], "no documents"),
+    (["mine.jsonl", "--embeddings=data/nope"], "'data/nope', as a sentence model"), (["mine.jsonl", "--out=nowhere/o.jsonl"], "nowhere")])
 def test_mistakes_with_texts(here, args, expected):
     write_records(here / "mine.jsonl", TEXTS[:3])
     (here / "empty.jsonl").write_text("")
@@ -146,7 +150,7 @@ def test_mistakes_with_texts(here, args, expected):
 
 
 @pytest.mark.parametrize("what, expected", [("absent", "token_embeddings.npy: make it"), ("narrow", "(290, 5), but vocabulary"),
-                                            ("torn", "is damaged")])
+                                            ("torn", "is damaged"), ("nan", "holds NaN")])
 def test_mistakes_with_token_vectors(here, what, expected):
     (here / "own").mkdir()
     for path in (here / "docs").iterdir():
@@ -154,6 +158,8 @@ def test_mistakes_with_token_vectors(here, what, expected):
             (here / "own" / path.name).symlink_to(path)
     if what != "absent":
         np.save(here / "own" / "token_embeddings.npy", np.ones((290, 5), np.float32))
+    if what == "nan":
+        np.save(here / "own" / "token_embeddings.npy", np.full((290, 32), np.nan, np.float32))
     if what == "torn":
         (here / "own" / "token_embeddings.npy").write_bytes(b"\x93NUMPY")
     assert expected in fails("train.py", "small.toml", "--data_dir=own", "--embedding_init=domain", "--out_dir=o", cwd=here)

@@ -84,6 +84,16 @@ def test_every_form_of_embeddings_gives_the_same(tmp_path, monkeypatch):
             np.testing.assert_allclose(gram(path, center=True)[0], 200 * np.cov(X.T, bias=True), atol=1e-9)
 
 
+def test_row_groups_may_be_empty(tmp_path):
+    X = embeddings()
+    with pyarrow.parquet.ParquetWriter(tmp_path / "e.parquet", pyarrow.schema([(f"c{i}", pyarrow.float64()) for i in range(12)])) as writer:
+        for rows in (X[:0], X[:50], X[:0], X[50:]):
+            writer.write_table(pyarrow.table({f"c{i}": rows[:, i] for i in range(12)}))
+    found, count = gram(tmp_path / "e.parquet", center=True)
+    assert count == 200
+    np.testing.assert_allclose(found, 200 * np.cov(X.T, bias=True))
+
+
 def test_center_does_not_cancel(tmp_path):
     """Means of 1e6 beside deviations of 1; a constant feature becomes one of zeros."""
     X = embeddings() + 1e6
@@ -293,7 +303,11 @@ def nan_embeddings(path):
     (["e.npy", "--out=l.parquet", "--p=5000", "--sigma=1e-300"], "--sigma"), (["e.npy", "--out=theirs.parquet"], "theirs.json"),
     (["empty", "--out=l.parquet"], "empty holds no"), (["mixed", "--out=l.parquet"], "b.npy has 5 features, mixed/a.npy has 12"),
     (["uneven.parquet", "--out=l.parquet"], "lists of other lengths than the first, 12"),
-    (["words.parquet", "--out=l.parquet"], "column of floats a feature"), (["e.npy"], "--out=None"),
+    (["words.parquet", "--out=l.parquet"], "column of floats a feature"), (["e.npy"], "--out=FILE.parquet is missing"),
+    (["zip.npy", "--out=l.parquet"], "zip.npy is not a whole .npy"), (["huge.npy", "--out=l.parquet"], "scale them down"),
+    (["zeros.npy", "--out=l.parquet"], "every feature is zero"), (["wide.npy", "--out=l.parquet"], "20000 features"),
+    (["turned", "--out=l.parquet"], "same order"), (["--graph=chain", "--dim=8", "--center", "--out=l.parquet"], "--center needs"),
+    (["e.npy", "--n_head=3", "--out=l.parquet"], "is for --inspect"), (["--inspect=chain.parquet", "--out=nowhere/l.png"], "nowhere"),
     (["--inspect=absent.parquet"], "absent.parquet does not exist"), (["e.npy", "--inspect=l.parquet"], "leave e.npy out"),
     (["--inspect=l.parquet", "--out=l.pdf"], ".png"), (["--inspect=chain.parquet", "--n_head=5"], "--n_head=5"),
     (["--inspect=theirs.parquet", "--out=theirs.png"], "--overwrite")])
@@ -305,6 +319,12 @@ def test_mistakes(built, args, expected):
     (built / "theirs.json").write_text("mine")
     np.savez(built / "archive.npz", np.zeros((3, 3)))
     (built / "archive.npz").rename(built / "archive.npy")
+    (built / "zip.npy").write_bytes(b"PK\x03\x04 and no more")
+    for name, X in (("huge", embeddings() * 1e200), ("zeros", np.zeros((9, 4))), ("wide", np.ones((1, 20000)))):
+        np.save(built / f"{name}.npy", X)
+    (built / "turned").mkdir()
+    for name, columns in (("a", "xy"), ("b", "yx")):
+        pyarrow.parquet.write_table(pyarrow.table({column: [0.5] for column in columns}), built / "turned" / f"{name}.parquet")
     (built / "empty").mkdir()
     (built / "mixed").mkdir()
     np.save(built / "mixed" / "a.npy", embeddings())

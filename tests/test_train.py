@@ -85,8 +85,9 @@ def test_memory_can_be_swapped_and_evaluated(here):
     own, chain = ok(*evaluate, cwd=here), ok(*evaluate, "--laplacian=chain.parquet", cwd=here)
     best = min(record["loss"] for record in metrics(here / "sharp") if record["split"] == "val")
     assert f"validation loss {best:.4f}" in own and own != chain
-    kept = ok(*evaluate, "--laplacian=chain.parquet", "--init_from=resume", cwd=here)  # tau, too, is the run's
-    assert kept != chain and ok(*evaluate, "--init_from=resume", cwd=here) == own
+    kept, measured = chain.splitlines()
+    assert kept.endswith("with tau as it was") and measured.endswith("energies of this Laplacian")
+    assert kept.split(",")[0] != measured.split(",")[0]
     assert (here / "sharp" / "metrics.jsonl").read_bytes() == before
 
 
@@ -183,6 +184,8 @@ def test_bad_configs(tmp_path, monkeypatch, text, expected):
     (["small.toml", "--init_from=resume", "--out_dir=swapped", "--eval_only=True", "--laplacian=absent.parquet"], "absent.parquet"),
     (["small.toml", "--data_dir=past"], "past its vocabulary"), (["small.toml", "--data_dir=short"], "damaged corpus in short"),
     (["small.toml", "--init_from=resume", "--out_dir=swapped", "--max_steps=30", "--tau_mode=learned"], "tau_mode = 'learned'"),
+    (["small.toml", "--init_from=resume", "--out_dir=swapped", "--max_steps=30", "--embedding_init=domain"], "began as 'normal'"),
+    (["small.toml", "--results=small.toml/runs.jsonl"], "small.toml"),
     (["small.toml", "--lr_schedule=cosine", "--min_lr=1"], "min_lr")])
 def test_mistakes(here, work, args, expected):
     (here / "broken.toml").write_text("n_layer = ")
