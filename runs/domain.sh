@@ -10,6 +10,8 @@
 #    with a random one.
 # 3. The models of all of the corpus with their own graph, their memory swapped for another: results/domain_swaps.jsonl.
 #
+# 4. How well energies tell the other domain's held-out documents from Python's: results/domain_energies.txt.
+#
 # 66 runs for three seeds, an hour and a half on two cores. Finished ones are left, those interrupted go on.
 [ $# -ge 1 ] || { echo 'usage: bash runs/domain.sh FILE.jsonl ["SEEDS"]' >&2; exit 2; }
 [ -f "$1" ] || { echo "runs/domain.sh: $1 does not exist" >&2; exit 2; }
@@ -60,4 +62,7 @@ for seed in $seeds; do
         done
     done; done
 done
+for graph in laplacian random; do
+    show python data/energy.py $other --laplacian=$other/$graph.parquet --embeddings=$other --against=$python_docs --overwrite
+done | tee results/domain_energies.txt
 show python study.py results/domain.jsonl
