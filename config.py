@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from common import Parser, UserError
-from model import TAU_MODES
+from model import FORGET, TAU_MODES
 
 POSITIVE = (lambda value: 0 < value < 2**31, "positive and below 2^31")
 NOT_NEGATIVE = (lambda value: 0 <= value < 2**31, "0 or more and below 2^31")
@@ -46,6 +46,16 @@ class Settings:
     dropout: float = setting(0.0, "on embeddings and on what attention and MLP add; for small corpora", FRACTION)
     temperature: float = setting(1.0, "of the tau logits -|lambda_q - lambda_k| / temperature", POSITIVE)
     softcap: float = setting(15.0, "logits are softcap * tanh(logits / softcap); 0: as they are", NOT_NEGATIVE)
+    learn_temperature: bool = setting(False, "a temperature of each head, or, of dot, a scale, learned from the given one on")
+    forget: str = setting("none", "none; slope: each head learns how much a step back costs; gate: it learns it from the token",
+                          one_of(*FORGET))
+    spectral_filter: bool = setting(False, "tau: the energy weighs the Laplacian's eigenvectors by learned numbers, at first the "
+                                           "eigenvalues")
+    conv: int = setting(0, "taps of a causal convolution of each channel of q, k, v with itself (0: none)", NOT_NEGATIVE)
+    key_bias: bool = setting(False, "how much a key counts, learned from its token")
+    output_gate: bool = setting(False, "what the heads give is multiplied by the sigmoid of a projection of the token")
+    local_heads: int = setting(0, "tau: heads that attend by dot product instead, to the last local_window tokens only", NOT_NEGATIVE)
+    local_window: int = setting(16, "tokens, the query's own among them", POSITIVE)
     tau_mode: str = setting("fixed", "fixed: tau is the median energy of block 0's keys on the first batch (published); "
                             "mean; percentile; adaptive; gradient; learned (taumode.py)", one_of(*TAU_MODES))
     tau_scope: str = setting("global", "global: block 0's number for every layer and head; head: one each",

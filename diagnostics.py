@@ -20,17 +20,18 @@ def diagnose(model, idx):
     [p05, p50, p95] of queries' and keys' energies; "entropy" of the attention's rows, nats, and "near_mass", the share of
     the weight on the query's own and the 15 tokens before, are means over the last 64 queries of each sequence;
     "tau" that of the key heads."""
-    with model.recording() as energies:
+    with model.recording() as seen:
         model(idx, head=False)
     record = {name: [] for name in ("E_q", "E_k", "lambda_q", "lambda_k", "entropy", "near_mass")}
-    for (E_q, E_k), tau in zip(energies, tau_of(model)):
+    for (E_q, E_k, temperature, log_decay, key_bias), tau in zip(seen, tau_of(model)):
         lambda_q, lambda_k = bounded(E_q, tau.repeat_interleave(E_q.size(-1) // E_k.size(-1))), bounded(E_k, tau)
         for name, x in (("E_q", E_q), ("E_k", E_k), ("lambda_q", lambda_q), ("lambda_k", lambda_k)):
             x = x.flatten(0, 1)  # (B T, heads)
             record[name].append(torch.quantile(x, x.new_tensor(PERCENTILES), dim=0).T.tolist())
         entropy, near = [], []
-        for q, k in zip(lambda_q, lambda_k):  # a sequence at a time
-            p = attention_weights(q.T[None, :, -QUERIES:].contiguous(), k.T[None].contiguous(), model.config.temperature)[0]
+        for b, (q, k) in enumerate(zip(lambda_q, lambda_k)):  # a sequence at a time
+            decay, bias = (x if x is None else x[b:b + 1] for x in (log_decay, key_bias))
+            p = attention_weights(q.T[None, :, -QUERIES:].contiguous(), k.T[None].contiguous(), temperature, decay, bias)[0]
             entropy.append(torch.special.entr(p).sum(-1).mean(-1))
             age = torch.arange(p.size(1), device=p.device)[:, None] + p.size(2) - p.size(1) - torch.arange(p.size(2), device=p.device)
             near.append((p * (age < NEAR)).sum(-1).mean(-1))

@@ -23,12 +23,12 @@ import torch.nn.functional as F
 
 from attention import tau_attention
 from common import UserError
+from fused import ENERGY_EPS, ChunkedLoss, Energy, RMSNorm, SquaredReluMLP
 
-ENERGY_EPS = NORM_EPS = 1e-6
+FORGET = ("none", "slope", "gate")
 TAU_MODES = ("fixed", "mean", "percentile", "adaptive", "gradient", "learned")  # taumode.py
 INIT_STD = 0.02
 DOT_SCALE = 1.2  # sharpens the dot twin, whose queries and keys are normed
-LOSS_CHUNK = 128  # tokens whose logits are in memory at once, or a 32nd of the batch if that is more
 
 
 @dataclass
@@ -44,6 +44,15 @@ class ModelConfig:
     temperature: float = 1.0    # of the tau logits
     tau_mode: str = "fixed"     # learned: tau is a parameter of every key head; else taumode.py sets it
     softcap: float = 15.0       # logits are softcap * tanh(logits / softcap); 0: as they are
+    # beyond the published form
+    learn_temperature: bool = False  # a temperature of each head, or, of dot, a scale, learned from the given one on
+    forget: str = "none"        # "slope": each head learns how much a step back costs; "gate": it learns it from the token
+    spectral_filter: bool = False    # the energy weighs L's eigenvectors by learned numbers, at first the eigenvalues
+    conv: int = 0               # taps of a causal convolution of each channel of q, k, v with itself; 0: none
+    key_bias: bool = False      # how much a key counts, from its token
+    output_gate: bool = False   # sigmoid of a projection of x, times what the heads give
+    local_heads: int = 0        # tau: heads that attend by dot product instead, to the last local_window tokens only
+    local_window: int = 16
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -58,33 +67,27 @@ class ModelConfig:
             raise UserError(f"tau_mode={self.tau_mode!r} must be one of {', '.join(TAU_MODES)}")
         if self.attention not in ("tau", "dot"):
             raise UserError(f"attention={self.attention!r} must be tau or dot")
+        if self.forget not in FORGET:
+            raise UserError(f"forget={self.forget!r} must be one of {', '.join(FORGET)}")
+        group = self.n_head // self.n_kv_head
+        if self.local_heads % group or not 0 <= self.local_heads < self.n_head or self.local_window < 1:
+            raise UserError(f"local_heads={self.local_heads} must be less than n_head={self.n_head} and a multiple of {group}, "
+                            f"the heads that share keys, and local_window={self.local_window} positive")
+        if self.attention == "dot" and (self.spectral_filter or self.local_heads):
+            raise UserError("attention='dot' has no spectral_filter and no local_heads: leave them out")
 
     @property
     def head_size(self):
         return self.n_embd // self.n_head
 
+    @property
+    def local_kv_heads(self):
+        return self.local_heads * self.n_kv_head // self.n_head
+
 
 def norm(x):
     """RMS-norm over the last dimension, without weights."""
     return RMSNorm.apply(x)
-
-
-class RMSNorm(torch.autograd.Function):
-    """norm(), which keeps its result for the gradient: the layer behind it keeps that anyway. In float32 at least."""
-
-    @staticmethod
-    def forward(ctx, x):
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = (torch.linalg.vecdot(x, x)[..., None] / x.size(-1) + NORM_EPS).rsqrt_()
-        y = x * scale
-        ctx.save_for_backward(y, scale)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        y, scale = ctx.saved_tensors
-        along = torch.linalg.vecdot(grad, y)[..., None] / y.size(-1)
-        return torch.addcmul(grad, along, y, value=-1).mul_(scale)
 
 
 def energy(x, laplacian):
@@ -94,22 +97,13 @@ def energy(x, laplacian):
         return Energy.apply(x.to(laplacian.dtype), laplacian)
 
 
-class Energy(torch.autograd.Function):
-    """energy(), which keeps x alone for its gradient dE/dx = 2 (L x - E x) / (x^T x + eps). The Laplacian gets none."""
-
-    @staticmethod
-    def forward(ctx, x, laplacian):
-        ctx.save_for_backward(x, laplacian)
-        Lx = torch.einsum("bthd,hde->bthe", x, laplacian)
-        return Lx.mul_(x).sum(-1).clamp_min_(0) / (torch.linalg.vecdot(x, x) + ENERGY_EPS)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, laplacian = ctx.saved_tensors
-        Lx = torch.einsum("bthd,hde->bthe", x, laplacian)
-        xx = torch.linalg.vecdot(x, x) + ENERGY_EPS
-        E = torch.linalg.vecdot(x, Lx) / xx
-        return Lx.addcmul_(E[..., None], x, value=-1).mul_((2 * grad / xx)[..., None]), None
+def filtered_energy(x, roots, log_filter):
+    """E(x) = x^T g(L) x / (x^T x + eps), where g(L) = U diag(eigenvalue * exp(log_filter)) U^T: x (B, T, H, D), roots
+    (H, D, D) = U diag(sqrt(eigenvalue)), log_filter (H, D) -> (B, T, H). Constants keep energy 0."""
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.to(roots.dtype)
+        y = torch.einsum("bthd,hde->bthe", x, roots * (log_filter / 2).exp()[:, None])
+        return torch.linalg.vecdot(y, y) / (torch.linalg.vecdot(x, x) + ENERGY_EPS)
 
 
 def bounded(E, tau):
@@ -159,76 +153,176 @@ def rope(x, rotary):
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).to(x.dtype)
 
 
+def spectral_roots(L):
+    """U diag(sqrt(eigenvalue)) of L (H, D, D), whose product with its transpose is L."""
+    eigenvalues, U = torch.linalg.eigh(L.double())
+    eigenvalues[:, 0] = 0  # of the constant vector; rounding leaves it a little beside
+    return (U * eigenvalues.clamp_min(0).sqrt()[:, None]).float()
+
+
 class Cache:
     """What attention keeps of the tokens so far, for each layer: (V, lambda_k) for tau, B Hkv T (D+1) numbers, where
     (K, V) for dot takes B Hkv T 2D. Allocated whole, for block_size tokens, and written in place."""
 
-    def __init__(self, config, batch_size, device):
-        shape = (config.n_layer, batch_size, config.n_kv_head, config.block_size)
-        self.keys = torch.zeros(shape if config.attention == "tau" else (*shape, config.head_size), device=device)
-        self.values = torch.zeros(*shape, config.head_size, device=device)
+    def __init__(self, config):
+        self.block_size = config.block_size
         self.length = 0  # tokens of which every layer has been written
+        self.kept, self.last = {}, {}
 
-    def extend(self, layer, keys, values):
-        """Write the keys and values (B, Hkv, T, ...) of new tokens; returns those of all tokens so far."""
-        end = self.length + keys.size(2)
-        self.keys[layer, :, :, self.length:end] = keys
-        self.values[layer, :, :, self.length:end] = values
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+    def extend(self, layer, **new):
+        """Write what belongs to new tokens, each (B, heads, T, ...) or None; returns the same of all tokens so far."""
+        whole = []
+        for name, x in new.items():
+            if x is None:
+                whole.append(None)
+                continue
+            if (layer, name) not in self.kept:
+                self.kept[layer, name] = x.new_zeros(*x.shape[:2], self.block_size, *x.shape[3:])
+            end = self.length + x.size(2)
+            self.kept[layer, name][:, :, self.length:end] = x
+            whole.append(self.kept[layer, name][:, :, :end])
+        return whole
+
+    def recent(self, layer, name, x, n):
+        """x (..., T, D), after the last n tokens before it, or as many as there were."""
+        if (layer, name) in self.last:
+            x = torch.cat([self.last[layer, name], x], -2)
+        self.last[layer, name] = x[..., max(0, x.size(-2) - n):, :]
+        return x
 
 
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.config, self.layer = config, layer
-        C, D = config.n_embd, config.head_size
-        self.query = nn.Linear(C, config.n_head * D, bias=False)
-        self.key = nn.Linear(C, config.n_kv_head * D, bias=False)
-        self.value = nn.Linear(C, config.n_kv_head * D, bias=False)
-        self.out = nn.Linear(config.n_head * D, C, bias=False)
+        C, D, H, Hkv = config.n_embd, config.head_size, config.n_head, config.n_kv_head
+        far, far_kv = H - config.local_heads, Hkv - config.local_kv_heads  # heads that see all tokens
+        self.query = nn.Linear(C, H * D, bias=False)
+        self.key = nn.Linear(C, Hkv * D, bias=False)
+        self.value = nn.Linear(C, Hkv * D, bias=False)
+        self.out = nn.Linear(H * D, C, bias=False)
         if config.attention == "tau":
-            log_tau = torch.zeros(config.n_kv_head)
+            log_tau = torch.zeros(far_kv)
             if config.tau_mode == "learned":
                 self.log_tau = nn.Parameter(log_tau)
             else:
                 self.register_buffer("log_tau", log_tau)
-            self.energies = None  # a list, inside Tauformer.recording()
+            self.seen = None  # a list, inside Tauformer.recording()
 
-    def heads(self, projection, x, rotary):
-        """Queries or keys (B, T, heads, D) of x (B, T, C): projected, rotated, normed."""
-        return norm(rope(projection(x).unflatten(-1, (-1, self.config.head_size)), rotary))
+        if config.learn_temperature:
+            self.log_sharpness = nn.Parameter(torch.zeros(H))
+        slope = 2.0 ** (-8 * torch.arange(1, far + 1) / far)  # ALiBi's (Press et al. 2022)
+        if config.forget == "slope":
+            self.log_slope = nn.Parameter(slope.log())
+        if config.forget == "gate":  # Forgetting Transformer (Lin et al. 2025); at first the slopes
+            self.forget = nn.Linear(C, far)
+            self.forget.bias.data = -slope.expm1().log()
+        if config.spectral_filter:
+            self.log_filter = nn.Parameter(torch.zeros(far_kv * D))
+        if config.conv:
+            self.taps = nn.Parameter(torch.zeros(config.conv, (H + 2 * Hkv) * D))
+        if config.key_bias:
+            self.key_bias = nn.Linear(C, far_kv, bias=False)
+        if config.output_gate:
+            self.gate = nn.Linear(C, H * D, bias=False)
+
+    def projections(self, x, rotary, cache):
+        """Queries (B, T, H, D) and keys (B, T, Hkv, D), rotated and normed, and values (B, Hkv, T, D) of x (B, T, C)."""
+        config, projected = self.config, [self.query(x), self.key(x), self.value(x)]
+        if config.conv:
+            qkv = torch.cat(projected, -1)
+            past = qkv if cache is None else cache.recent(self.layer, "qkv", qkv, config.conv - 1)
+            past = F.pad(past, (0, 0, qkv.size(1) + config.conv - 1 - past.size(1), 0))
+            qkv = qkv + sum(tap * past[:, i:i + qkv.size(1)] for i, tap in enumerate(self.taps))
+            projected = qkv.split([p.size(-1) for p in projected], -1)
+        q, k, v = (p.unflatten(-1, (-1, config.head_size)) for p in projected)
+        return norm(rope(q, rotary)), norm(rope(k, rotary)), v.transpose(1, 2)
+
+    def energies(self, q, k, laplacian):
+        """(B, T, H) of queries and (B, T, Hkv) of keys."""
+        group = q.size(2) // k.size(2)
+        if not self.config.spectral_filter:
+            return energy(q, laplacian.repeat_interleave(group, 0)), energy(k, laplacian)
+        log_filter = self.log_filter.view(len(laplacian), -1)
+        return (filtered_energy(q, laplacian.repeat_interleave(group, 0), log_filter.repeat_interleave(group, 0)),
+                filtered_energy(k, laplacian, log_filter))
+
+    def local(self, q, k, v, sharpness, cache):
+        """The local heads' (B, H, T, D)."""
+        window = self.config.local_window
+        if cache is not None:
+            k, v = (cache.recent(self.layer, name, x, window - 1) for name, x in (("local keys", k), ("local values", v)))
+        return window_attention(q, k, v, window, DOT_SCALE * sharpness)
 
     def forward(self, x, rotary, laplacian, cache):
         config = self.config
-        q = self.heads(self.query, x, rotary)  # (B, T, H, D)
-        k = self.heads(self.key, x, rotary)  # (B, T, Hkv, D)
-        v = self.value(x).unflatten(-1, (-1, config.head_size)).transpose(1, 2)  # (B, Hkv, T, D)
+        q, k, v = self.projections(x, rotary, cache)
+        n, m = config.local_heads, config.local_kv_heads
+        (q_local, q), (k_local, k), (v_local, v) = q.tensor_split([n], 2), k.tensor_split([m], 2), v.tensor_split([m], 1)
+        local_sharpness, sharpness = self.log_sharpness.exp().tensor_split([n]) if config.learn_temperature else (1.0, 1.0)
+        log_decay = F.logsigmoid(self.forget(x)).transpose(1, 2) if config.forget == "gate" else None  # (B, H, T)
+        key_bias = self.key_bias(x).transpose(1, 2) if config.key_bias else None  # (B, Hkv, T)
         if config.attention == "tau":
-            group = config.n_head // config.n_kv_head
-            E_q, E_k = energy(q, laplacian.repeat_interleave(group, 0)), energy(k, laplacian)  # (B, T, H), (B, T, Hkv)
-            if self.energies is not None:
-                self.energies.append((E_q.detach(), E_k.detach()))
+            E_q, E_k = self.energies(q, k, laplacian)
             tau = self.log_tau.exp()  # (Hkv,)
-            lambda_q = bounded(E_q, tau.repeat_interleave(group)).transpose(1, 2)  # (B, H, T)
+            queries = bounded(E_q, tau.repeat_interleave(E_q.size(-1) // E_k.size(-1))).transpose(1, 2)  # (B, H, T)
             keys = bounded(E_k, tau).transpose(1, 2)  # (B, Hkv, T)
         else:
-            q, keys = q.transpose(1, 2), k.transpose(1, 2)  # (B, H, T, D), (B, Hkv, T, D)
+            queries, keys = q.transpose(1, 2), k.transpose(1, 2)  # (B, H, T, D), (B, Hkv, T, D)
         if cache is not None:
-            keys, v = cache.extend(self.layer, keys, v)
+            keys, v, log_decay, key_bias = cache.extend(self.layer, keys=keys, values=v, log_decay=log_decay, key_bias=key_bias)
+        if config.forget == "slope":
+            log_decay = -self.log_slope.exp()[:, None].expand(len(x), -1, v.size(2))
         if config.attention == "tau":
-            y = tau_attention(lambda_q, keys, v, config.temperature)
+            temperature = config.temperature / sharpness
+            if self.seen is not None:
+                self.seen.append((E_q.detach(), E_k.detach(), temperature, log_decay, key_bias))
+            y = tau_attention(queries, keys, v, temperature, log_decay, key_bias)
         else:
-            y = dot_attention(q, keys, v)
-        return self.out(y.transpose(1, 2).flatten(2))  # (B, T, C)
+            y = dot_attention(queries, keys, v, DOT_SCALE * sharpness, log_decay, key_bias)
+        if n:
+            y = torch.cat([self.local(q_local.transpose(1, 2), k_local.transpose(1, 2), v_local, local_sharpness, cache), y], 1)
+        y = y.transpose(1, 2).flatten(2)  # (B, T, H D)
+        if config.output_gate:
+            y = y * self.gate(x).sigmoid()
+        return self.out(y)
 
 
-def dot_attention(q, k, v):
-    """The twin's operator: softmax(DOT_SCALE q.k / sqrt(D)), causal. q (B, H, Tq, D) are the last Tq of the T
-    positions of k and v (B, Hkv, T, D); returns (B, H, Tq, D)."""
-    Tq, T, D = q.size(2), k.size(2), k.size(3)
-    mask = None if Tq in (1, T) else torch.ones(Tq, T, dtype=torch.bool, device=q.device).tril(T - Tq)
-    return F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, is_causal=Tq == T,
-                                          scale=DOT_SCALE / math.sqrt(D), enable_gqa=q.size(1) != k.size(1))
+def dot_attention(q, k, v, scale=DOT_SCALE, log_decay=None, key_bias=None):
+    """The twin's operator: softmax(scale q.k / sqrt(D) + what tau_attention adds to its logits), causal. q (B, H, Tq, D) are
+    the last Tq of the T positions of k and v (B, Hkv, T, D), scale a number or (H,); returns (B, H, Tq, D)."""
+    Tq, T, D, group = q.size(2), k.size(2), k.size(3), q.size(1) // k.size(1)
+    if torch.is_tensor(scale):
+        q, scale = q * scale.view(-1, 1, 1).to(q.dtype), 1.0
+    mask = None
+    if log_decay is not None or key_bias is not None:
+        mask = q.new_zeros(1, 1, Tq, T)
+        if log_decay is not None:
+            total = log_decay.double().cumsum(-1)
+            mask = mask + (total[..., T - Tq:, None] - total[..., None, :]).to(q.dtype)
+        if key_bias is not None:
+            mask = mask + key_bias.to(q.dtype).repeat_interleave(group, 1)[:, :, None]
+        mask = mask.masked_fill(torch.ones(Tq, T, dtype=torch.bool, device=q.device).triu(T - Tq + 1), -math.inf)
+    elif Tq not in (1, T):
+        mask = torch.ones(Tq, T, dtype=torch.bool, device=q.device).tril(T - Tq)
+    return F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, is_causal=mask is None and Tq == T,
+                                          scale=scale / math.sqrt(D), enable_gqa=group > 1)
+
+
+def window_attention(q, k, v, window, scale):
+    """Dot product with the last `window` tokens, the query's own among them: q (B, H, Tq, D) are the last Tq of the T <=
+    Tq + window - 1 positions of k and v (B, Hkv, T, D), scale a number or (H,). O(T window)."""
+    (B, H, Tq, D), Hkv, T = q.shape, k.size(1), k.size(2)
+    blocks, group = -(-Tq // window), H // k.size(1)
+    scale = torch.as_tensor(scale / math.sqrt(D), dtype=q.dtype, device=q.device)
+    q = F.pad(q * scale.view(-1, 1, 1), (0, 0, 0, blocks * window - Tq))
+    before, after = window - (T - Tq), blocks * window - Tq
+    k, v = (F.pad(x.to(q.dtype), (0, 0, before, after)).unfold(2, 2 * window, window) for x in (k, v))  # (B, Hkv, blocks, D, 2 window)
+    logits = q.view(B, Hkv, group, blocks, window, D) @ k[:, :, None]  # of a query, to its block and the one before
+    i, j = (torch.arange(n, device=q.device) for n in (window, 2 * window))
+    seen = (j > i[:, None]) & (j <= window + i[:, None]) & (j + window * torch.arange(blocks, device=q.device)[:, None, None] >= before)
+    y = logits.masked_fill(~seen, -math.inf).softmax(-1) @ v[:, :, None].transpose(-1, -2)
+    return y.view(B, H, blocks * window, D)[:, :, :Tq]
 
 
 class MLP(nn.Module):
@@ -241,26 +335,6 @@ class MLP(nn.Module):
         return SquaredReluMLP.apply(x, self.up.weight, self.down.weight)
 
 
-class SquaredReluMLP(torch.autograd.Function):
-    """relu(x W1^T)^2 W2^T, which keeps x and the relu alone for its gradients."""
-
-    @staticmethod
-    def forward(ctx, x, up, down):
-        """x (B, T, C), up (4C, C), down (C, 4C) -> (B, T, C)."""
-        hidden = F.linear(x, up).relu_()
-        ctx.save_for_backward(x, hidden, up, down)
-        return F.linear(hidden.square(), down)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, hidden, up, down = ctx.saved_tensors
-        dtype = grad.dtype  # the weights and x may be wider, under autocast
-        grad_down = grad.flatten(0, 1).T @ hidden.square().flatten(0, 1)
-        grad_hidden = (grad @ down.to(dtype)).mul_(hidden).mul_(2)
-        grad_up = grad_hidden.flatten(0, 1).T @ x.to(dtype).flatten(0, 1)
-        return grad_hidden @ up.to(dtype), grad_up, grad_down
-
-
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
@@ -271,49 +345,6 @@ class Block(nn.Module):
     def forward(self, x, *context):
         x = x + self.dropout(self.attention(norm(x), *context))
         return x + self.dropout(self.mlp(norm(x)))
-
-
-class ChunkedLoss(torch.autograd.Function):
-    """Mean cross-entropy of softcapped logits x W^T, whose (N, vocab) matrix never stands in memory whole: some rows
-    at a time, in place, the gradients made in the same pass."""
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, softcap, needs_grad):
-        """x (N, C), weight (V, C), targets (N,) int64 -> scalar float32."""
-        loss = x.new_zeros((), dtype=torch.float32)
-        grad_x, grad_weight = (torch.zeros_like(x), torch.zeros_like(weight)) if needs_grad else (None, None)
-        chunk = min(len(x), max(LOSS_CHUNK, math.ceil(len(x) / 32)))
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        W = weight.to(dtype)
-        logits = x.new_empty(chunk, len(W), dtype=dtype)
-        softmax, sigmoid = (torch.empty_like(logits, dtype=torch.float32) for _ in range(2))
-        for start in range(0, len(x), chunk):
-            x_c, target = x[start:start + chunk].to(dtype), targets[start:start + chunk, None]
-            n = len(x_c)
-            z = torch.mm(x_c, W.T, out=logits[:n]).float()
-            if softcap:  # softcap tanh(z / softcap) = 2 softcap sigmoid(2 z / softcap) - softcap, and faster
-                s = torch.mul(z, 2 / softcap, out=sigmoid[:n]).sigmoid_()
-                torch.mul(s, 2 * softcap, out=z)
-            p = torch.softmax(z, -1, out=softmax[:n])
-            log_denominator = z.amax(-1) - p.amax(-1).log()
-            loss += (log_denominator - z.gather(1, target)[:, 0]).sum()
-            if needs_grad:  # of the logits: softmax, less 1 at the target, and a quarter of the softcap's derivative
-                p.scatter_add_(1, target, p.new_full((n, 1), -1))
-                if softcap:
-                    p.mul_(s.addcmul_(s, s, value=-1))
-                grad_z = p.to(dtype)
-                grad_x[start:start + chunk] = grad_z @ W
-                if dtype is grad_weight.dtype:
-                    grad_weight.addmm_(grad_z.T, x_c)
-                else:
-                    grad_weight += grad_z.T @ x_c
-        ctx.grads = grad_x, grad_weight, (4 if softcap else 1) / len(x)
-        return loss / len(x)
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        grad_x, grad_weight, scale = ctx.grads
-        return grad_x.mul_(grad_loss * scale), grad_weight.mul_(grad_loss * scale), None, None, None
 
 
 def softcapped(z, softcap):
@@ -335,7 +366,8 @@ class Tauformer(nn.Module):
         if config.attention == "tau":
             if laplacian is None:
                 raise UserError('attention = "tau" needs a Laplacian')
-            self.register_buffer("laplacian", head_laplacians(laplacian, config), persistent=False)  # (Hkv, D, D)
+            laplacian = head_laplacians(laplacian, config)[config.local_kv_heads:]  # (Hkv, D, D)
+            self.register_buffer("laplacian", spectral_roots(laplacian) if config.spectral_filter else laplacian, persistent=False)
         else:
             self.laplacian = None
         self.init_weights()
@@ -344,7 +376,7 @@ class Tauformer(nn.Module):
         """As nanoGPT: every matrix normal with deviation 0.02, those that write to the residual stream (attention.out,
         mlp.down) 0.02 / sqrt(2 n_layer)."""
         for name, weight in self.named_parameters():
-            if weight.ndim == 2:
+            if weight.ndim == 2 and not name.endswith("taps"):
                 residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
                 nn.init.normal_(weight, std=INIT_STD / math.sqrt(2 * self.config.n_layer) if residual else INIT_STD)
 
@@ -375,17 +407,18 @@ class Tauformer(nn.Module):
 
     @contextmanager
     def recording(self):
-        """Yields a list to which every forward pass inside, without dropout, appends each block's energies, (E_q (B, T, H),
-        E_k (B, T, Hkv)) of its queries and keys."""
-        energies, training = [], self.training
+        """Yields a list to which every forward pass inside, without dropout, appends for each block the energies of its
+        queries and keys, E_q (B, T, H) and E_k (B, T, Hkv), and what else its weights are made of: temperature, log_decay,
+        key_bias, as tau_attention takes them."""
+        seen, training = [], self.training
         self.eval()
         try:
             for block in self.blocks:
-                block.attention.energies = energies
-            yield energies
+                block.attention.seen = seen
+            yield seen
         finally:
             for block in self.blocks:
-                block.attention.energies = None
+                block.attention.seen = None
             self.train(training)
 
     def parameter_count(self):

@@ -18,6 +18,7 @@ import torch
 import checkpoint
 from build_laplacian import load_laplacian
 from common import Parser, UserError, check_place, read_lines, replacing, run
+from model import head_laplacians
 
 
 def read_metrics(folder):
@@ -115,7 +116,7 @@ def overview(sources, folders):
             path = checkpoint.find(source)
             tensors, header = checkpoint.read(path)
             L, model = tensors.get("laplacian"), checkpoint.build_model(tensors, header, path)
-            heads = model.laplacian if L is not None and len(L) == model.config.n_embd else []
+            heads = head_laplacians(L, model.config) if L is not None and len(L) == model.config.n_embd else []
     panels = [partial(draw_losses, runs=runs, key=key, label=label)
               for key, label in (("tokens", "tokens"), ("elapsed_s", "seconds")) if runs]
     if any("tau" in record for metrics in runs.values() for record in metrics["val"]):

@@ -43,7 +43,7 @@ def sample(p, generators):
 
 def prefill(model, tokens):
     """(logits (B, V) of the next token, cache) after tokens (B, T)."""
-    cache = Cache(model.config, len(tokens), tokens.device)
+    cache = Cache(model.config)
     return model(tokens, cache=cache)[:, -1], cache
 
 

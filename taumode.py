@@ -14,7 +14,7 @@ tau_scope: global, block 0's number for every layer and head (published), or hea
 
 import torch
 
-from model import ENERGY_EPS
+from fused import ENERGY_EPS
 from processes import gathered, placed, whole
 
 
@@ -49,12 +49,12 @@ def measured_tau(model, batches, settings):
     for idx in batches:
         with model.recording() as energies:
             model(idx, head=False)
-        E.append(torch.stack([E_k.flatten(0, 1).T for _, E_k in energies[:layers]]))  # (layers, Hkv, B T)
+        E.append(torch.stack([E_k.flatten(0, 1).T for _, E_k, *_ in energies[:layers]]))  # (layers, Hkv, B T)
     E = gathered(torch.cat(E, -1))
     if settings.tau_scope == "global":
         E = E.flatten()
     tau = statistic(E, settings.tau_mode, settings.tau_percentile).clamp_min(ENERGY_EPS)
-    return tau.expand(model.config.n_layer, model.config.n_kv_head)
+    return tau.expand_as(tau_of(model))
 
 
 def calibrate(model, batches, settings):

@@ -32,7 +32,8 @@ from common import LOCAL_RANK, RANK, WORLD, UserError, choose_device, commit, ou
 from config import changed_settings, config_hash, parse
 from data.corpus import Corpus
 from diagnostics import collapses, diagnose
-from model import INIT_STD, LOSS_CHUNK, ModelConfig, Tauformer
+from fused import LOSS_CHUNK
+from model import INIT_STD, ModelConfig, Tauformer
 from processes import no_sync, summed, whole
 
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,

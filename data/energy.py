@@ -22,7 +22,7 @@ from build_laplacian import load_laplacian, opened
 from common import Parser, UserError, check_place, refuse_existing, replacing, run
 from data.corpus import Corpus, read_jsonl
 from data.embed import lsa_embeddings, sentence_model
-from model import ENERGY_EPS
+from fused import ENERGY_EPS
 
 SHOWN = 5  # documents at either end
 PERCENTILES = (5, 25, 50, 75, 95)

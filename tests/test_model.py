@@ -7,8 +7,9 @@ import torch.nn.functional as F
 
 from attention import tau_attention
 from common import UserError
-from model import (Cache, ChunkedLoss, ModelConfig, SquaredReluMLP, Tauformer, bounded, dot_attention, energy,
-                   head_laplacians, kron_reduction, norm)
+from fused import ChunkedLoss, SquaredReluMLP
+from model import (Cache, ModelConfig, Tauformer, bounded, dot_attention, energy, filtered_energy, head_laplacians,
+                   kron_reduction, norm, spectral_roots, window_attention)
 
 
 def random_laplacian(F, density=0.5, seed=0):
@@ -24,7 +25,7 @@ def small(**changes):
     torch.manual_seed(0)
     config = ModelConfig(**{"block_size": 24, "vocab_size": 50, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32}
                          | changes)
-    model = Tauformer(config, random_laplacian(32) if config.attention == "tau" else None)
+    model = Tauformer(config, random_laplacian(config.n_embd) if config.attention == "tau" else None)
     for weight in model.parameters():  # larger than at the start, so that attention and mask matter
         torch.nn.init.normal_(weight, std=0.3)
     return model.eval()
@@ -65,9 +66,17 @@ def test_energy_is_the_rayleigh_quotient():
     torch.testing.assert_close(energy(x.view(1, 1, 1, 8), L.view(1, 8, 8)).item(), expected.item())
 
 
-@pytest.mark.parametrize("attention", ["tau", "dot"])
-def test_causal(attention):
-    model, idx = small(attention=attention), tokens()
+EXTRAS = [dict(learn_temperature=True), dict(forget="slope"), dict(forget="gate"), dict(conv=4), dict(key_bias=True),
+          dict(output_gate=True)]
+OF_TAU = [dict(spectral_filter=True), dict(local_heads=2, local_window=5)]
+ALL = functools.reduce(dict.__or__, [*EXTRAS, *OF_TAU])
+FORMS = [dict(attention="tau"), dict(attention="dot"), *EXTRAS, *OF_TAU, ALL, *(dict(attention="dot") | extra for extra in EXTRAS),
+         dict(attention="dot") | functools.reduce(dict.__or__, EXTRAS)]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_causal(form):
+    model, idx = small(**form), tokens()
     before = model(idx)
     for t in (0, 7, 23):
         changed = idx.clone()
@@ -75,6 +84,56 @@ def test_causal(attention):
         after = model(changed)
         assert torch.equal(before[:, :t], after[:, :t])
         assert all(not torch.isclose(before[:, s], after[:, s]).all() for s in range(t, 24))
+
+
+@pytest.mark.parametrize("extra", [*EXTRAS, *OF_TAU], ids=str)
+def test_every_extra_changes_the_model_and_learns(extra):
+    """And those that are nothing at first leave the published form as it is."""
+    torch.manual_seed(0)
+    config = dict(block_size=100, vocab_size=50, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
+    published, L, idx = Tauformer(ModelConfig(**config), random_laplacian(32)), random_laplacian(32), tokens(T=100)
+    model = Tauformer(ModelConfig(**config | extra), L)
+    model.load_state_dict({name: weight for name, weight in published.state_dict().items()
+                           if weight.shape == model.state_dict()[name].shape}, strict=False)
+    if "conv" in extra or "spectral_filter" in extra or "learn_temperature" in extra:
+        torch.testing.assert_close(model(idx), published(idx), atol=1e-5, rtol=1e-5)
+    else:
+        assert (model(idx) - published(idx)).abs().max() > 1e-5
+    model(idx, idx).backward()
+    for name, weight in model.named_parameters():
+        assert weight.grad is not None and weight.grad.isfinite().all() and weight.grad.abs().max() > 0, name
+
+
+def test_the_spectral_filter_is_a_function_of_the_laplacian():
+    L, x = random_laplacian(8)[None], torch.randn(2, 3, 1, 8)
+    roots, log_filter = spectral_roots(L), torch.randn(1, 8)
+    eigenvalues, U = torch.linalg.eigh(L[0])
+    g = U @ torch.diag(eigenvalues * log_filter[0].double().exp()) @ U.T
+    torch.testing.assert_close(filtered_energy(x, roots, log_filter), energy(x.double(), g[None]).float(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(filtered_energy(x, roots, torch.zeros(1, 8)), energy(x, L.float()), atol=1e-5, rtol=1e-4)
+    assert filtered_energy(torch.ones(1, 1, 1, 8), roots, log_filter).item() < 1e-9
+
+
+@pytest.mark.parametrize("T, window", [(1, 4), (3, 4), (4, 4), (23, 4), (24, 1), (10, 64)])
+def test_window_attention_is_dense_attention_with_a_mask(T, window):
+    q, k, v, scale = torch.randn(2, 4, T, 8), torch.randn(2, 2, T, 8), torch.randn(2, 2, T, 8), torch.rand(4)
+    age = torch.arange(T)[:, None] - torch.arange(T)
+    logits = scale.view(4, 1, 1) * (q @ k.repeat_interleave(2, 1).transpose(-1, -2)) / math.sqrt(8)
+    weights = logits.masked_fill((age < 0) | (age >= window), -math.inf).softmax(-1)
+    expected = weights @ v.repeat_interleave(2, 1)
+    torch.testing.assert_close(window_attention(q, k, v, window, scale), expected)
+    last = min(3, T)  # the last queries, with the keys that they see
+    keys = slice(max(0, T - last - window + 1), None)
+    torch.testing.assert_close(window_attention(q[:, :, -last:], k[:, :, keys], v[:, :, keys], window, scale), expected[:, :, -last:])
+
+
+def test_dot_twin_forgets_as_tau_does():
+    """Where all queries and keys are equal, the logits are those that decay and bias give, for either."""
+    q, k, v = torch.zeros(2, 4, 9, 8), torch.zeros(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    log_decay, key_bias = -torch.rand(2, 4, 9), torch.randn(2, 2, 9)
+    tau = tau_attention(torch.zeros(2, 4, 9), torch.zeros(2, 2, 9), v, 1.0, log_decay, key_bias, impl="naive")
+    torch.testing.assert_close(dot_attention(q, k, v, 1.0, log_decay, key_bias), tau)
+    torch.testing.assert_close(dot_attention(q[:, :, 7:], k, v, 1.0, log_decay, key_bias), tau[:, :, 7:])
 
 
 @pytest.mark.parametrize("attention", ["tau", "dot"])
@@ -92,10 +151,10 @@ def test_grouped_heads_equal_expanded_ones(attention):
     torch.testing.assert_close(grouped(tokens()), expanded(tokens()))
 
 
-@pytest.mark.parametrize("attention", ["tau", "dot"])
-def test_cache_equals_no_cache(attention):
-    model, idx = small(attention=attention), tokens()
-    cache = Cache(model.config, 2, "cpu")
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_cache_equals_no_cache(form):
+    model, idx = small(**form), tokens()
+    cache = Cache(model.config)
     with torch.no_grad():
         pieces = [model(idx[:, start:stop], cache=cache) for start, stop in ((0, 9), (9, 12), *zip(range(12, 24), range(13, 25)))]
         torch.testing.assert_close(torch.cat(pieces, 1), model(idx), atol=1e-5, rtol=1e-4)
@@ -104,8 +163,11 @@ def test_cache_equals_no_cache(attention):
 
 
 def test_cache_of_tau_is_half_as_large():
-    sizes = {attention: sum(t.numel() for t in (cache.keys, cache.values)) for attention in ("tau", "dot")
-             for cache in [Cache(ModelConfig(attention=attention), 1, "cpu")]}
+    sizes = {}
+    for attention in ("tau", "dot"):
+        model = small(attention=attention, n_embd=256)  # heads of 64
+        model(tokens(), cache=(cache := Cache(model.config)))
+        sizes[attention] = sum(x.numel() for x in cache.kept.values())
     assert 1 - sizes["tau"] / sizes["dot"] == pytest.approx(0.492, abs=1e-3)
 
 
@@ -206,9 +268,9 @@ def test_config_refusals(wrong):
         ModelConfig(**wrong)
 
 
-@pytest.mark.parametrize("T", [24, 100])  # dense, and the fast operator
-def test_compiled_model_gives_the_same_loss_and_gradients(T):
-    model, idx = small(block_size=T), tokens(T=T)
+@pytest.mark.parametrize("T, form", [(24, {}), (100, {}), (100, ALL)], ids=str)  # dense, and the fast operator
+def test_compiled_model_gives_the_same_loss_and_gradients(T, form):
+    model, idx = small(block_size=T, **form), tokens(T=T)
     results = []
     for call in (model, torch.compile(model, fullgraph=True)):
         model.zero_grad()

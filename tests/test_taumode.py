@@ -11,7 +11,7 @@ from attention import attention_weights
 from config import Settings
 from conftest import fails, metrics, ok
 from diagnostics import IN_A_ROW, collapses, diagnose
-from test_model import small, tokens
+from test_model import ALL, small, tokens
 from test_train import TAU, last, weights
 
 
@@ -21,7 +21,7 @@ def energies(model, batches):
     for idx in batches:
         with model.recording() as parts:
             model(idx)
-        recorded.append(torch.stack([E_k.flatten(0, 1) for _, E_k in parts]))
+        recorded.append(torch.stack([E_k.flatten(0, 1) for _, E_k, *_ in parts]))
     return torch.cat(recorded, 1)
 
 
@@ -90,16 +90,17 @@ def test_strategy_may_change_from_run_to_run(here, work):
     assert not torch.equal(last(here / "m")[TAU], weights(here / "l" / "best.safetensors")[TAU])
 
 
-def test_diagnostics():
-    model, idx = small(), tokens(B=2, T=24)
+@pytest.mark.parametrize("form", [{}, ALL | dict(local_heads=0)], ids=str)
+def test_diagnostics(form):
+    model, idx = small(**form), tokens(B=2, T=24)
     taumode.calibrate(model, [idx], Settings())
     record = diagnose(model, idx)
     with model.recording() as recorded:
         model(idx)
-    for layer, (E_q, E_k) in enumerate(recorded):
+    for layer, (E_q, E_k, *rest) in enumerate(recorded):
         tau = taumode.tau_of(model)[layer]
         lambda_q, lambda_k = E_q / (E_q + tau[0]), E_k / (E_k + tau[0])
-        p = attention_weights(lambda_q.transpose(1, 2), lambda_k.transpose(1, 2), 1.0)
+        p = attention_weights(lambda_q.transpose(1, 2), lambda_k.transpose(1, 2), *(rest if form else [1.0]))
         for head in range(4):
             assert record["lambda_q"][layer][head][1] == pytest.approx(lambda_q[..., head].quantile(0.5).item(), abs=1e-6)
             entropy = -(p[:, head] * p[:, head].clamp_min(1e-30).log()).sum(-1).mean()

@@ -91,6 +91,18 @@ def test_memory_can_be_swapped_and_evaluated(here):
     assert (here / "sharp" / "metrics.jsonl").read_bytes() == before
 
 
+def test_every_extra_trains_resumes_and_samples(here):
+    extras = ["--learn_temperature=True", "--forget=gate", "--spectral_filter=True", "--conv=3", "--key_bias=True", "--output_gate=True",
+              "--local_heads=2", "--local_window=8", "--tau_scope=head"]
+    ok("train.py", "small.toml", *extras, "--out_dir=whole", cwd=here)
+    ok("train.py", "small.toml", *extras, "--max_steps=10", "--out_dir=x", cwd=here)
+    ok("train.py", "small.toml", "--init_from=resume", "--out_dir=x", cwd=here)  # the model is the checkpoint's
+    assert untimed(metrics(here / "x")) == untimed(metrics(here / "whole"))
+    val = [record["loss"] for record in metrics(here / "x") if record["split"] == "val"]
+    assert val[-1] < val[0] - 0.2
+    assert ok("sample.py", "x", "--max_new_tokens=40", cwd=here)
+
+
 def test_plateau_halves_the_rate(here):
     """At a rate so large that validation seldom improves."""
     ok("train.py", "small.toml", "--lr_schedule=plateau", "--plateau_patience=1", "--learning_rate=2.0", "--eval_interval=1",
@@ -148,6 +160,7 @@ def test_configs(here, config):
     ("n_layers=3", "n_layers"), ("n_layer=3.5", "n_layer"), ("n_layer=0", "positive"), ("compile=yes", "True or False"),
     ("attention=flash", "tau, dot"), ("learning_rate=nan", "learning_rate"), ("learning_rate=inf", "learning_rate"),
     ("tau_mode=magic", "tau_mode"), ("seed=99999999999999999999", "seed"), ("grad_accum_steps=1.5", "grad_accum_steps"),
+    ("forget=all", "none, slope, gate"), ("conv=-1", "0 or more"), ("local_window=0", "positive"),
     ("tau_scope=block", "global, head"), ("tau_percentile=101", "0 to 100"), ("tau_interval=0", "positive"),
     ("tau_smoothing=1.0", "below 1"), ("tau_drift=-1", "0 or more"), ("spike=nan", "spike"), ("skip_limit=-1", "0 or more"),
     ("ema_decay=1.0", "below 1"), ("diag_interval=-1", "0 or more"), ("keep_last=0", "positive"), ("shard=zero", "ddp, fsdp"),
@@ -169,7 +182,8 @@ def test_bad_configs(tmp_path, monkeypatch, text, expected):
 
 @pytest.mark.parametrize("args, expected", [
     (["absent.toml"], "absent.toml"), (["small.toml", "--n_layers=3"], "n_layers"), (["broken.toml"], "TOML"),
-    (["small.toml", "--n_head=5"], "n_head=5"), (["small.toml", "--n_kv_head=3"], "n_kv_head=3"), (["small.toml", "--device=abacus"], "abacus"),
+    (["small.toml", "--n_head=5"], "n_head=5"), (["small.toml", "--local_heads=1"], "a multiple of 2"),
+    (["small.toml", "--attention=dot", "--local_heads=2"], "has no spectral_filter"), (["small.toml", "--n_kv_head=3"], "n_kv_head=3"), (["small.toml", "--device=abacus"], "abacus"),
     (["small.toml", "--data_dir=nowhere"], "nowhere"), (["small.toml", "--laplacian=absent.parquet"], "build_laplacian.py"),
     (["small.toml", "--laplacian=nine.parquet"], "F=9 features; they must be as many as the head size, 8, or as n_embd, 32"),
     (["small.toml", "--laplacian=truncated.parquet"], "truncated.parquet"),
