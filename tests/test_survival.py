@@ -212,8 +212,9 @@ def test_two_processes_equal_one(here, work, shard):
 
 def test_a_killed_rank_brings_the_run_back(here):
     options = ["--max_steps=60", "--checkpoint_interval=5", "--log_interval=1"]
-    subprocess.run([*torchrun(here), "--out_dir=unbroken", *options], cwd=here, env={**os.environ, **ONE_THREAD}, check=True,
-                   capture_output=True, timeout=240)
+    done = subprocess.run([*torchrun(here), "--out_dir=unbroken", *options], cwd=here, env={**os.environ, **ONE_THREAD},
+                          capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
     process = subprocess.Popen([*torchrun(here, "--max-restarts=1"), "--out_dir=e", *options], cwd=here,
                                env={**os.environ, **ONE_THREAD}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not checkpoint.steps(here / "e") or checkpoint.steps(here / "e")[0].name < "step_00000010":
