@@ -87,14 +87,20 @@ def attention_weights(lambda_q, lambda_k, temperature, log_decay=None, key_bias=
     if torch.is_tensor(temperature) and temperature.ndim:
         temperature = temperature.to(distance.dtype).view(Hkv, group, 1, 1)
     logits = -distance / temperature
+    return add_terms(logits.flatten(1, 2), log_decay, key_bias).softmax(-1)
+
+
+def add_terms(logits, log_decay, key_bias):
+    """Logits (B or 1, H, Tq, T) with what tau_attention adds to its own: decay, bias, and -inf where the key is later."""
+    H, Tq, T = logits.shape[1:]
     if key_bias is not None:
-        logits = logits + key_bias.view(B, Hkv, 1, 1, T)
+        logits = logits + key_bias.to(logits.dtype).repeat_interleave(H // key_bias.size(1), 1)[:, :, None]
     if log_decay is not None:
-        steps = log_decay.double() if log_decay.ndim == 3 else log_decay.double()[:, None].expand(H, T)
-        total = steps.cumsum(-1).view(-1, Hkv, group, T)  # (B or 1, Hkv, group, T)
+        steps = log_decay.double() if log_decay.ndim == 3 else log_decay.double()[None, :, None].expand(1, H, T)
+        total = steps.cumsum(-1)
         logits = logits + (total[..., T - Tq:, None] - total[..., None, :]).to(logits.dtype)
-    future = torch.ones(Tq, T, dtype=torch.bool, device=lambda_q.device).triu(T - Tq + 1)
-    return logits.masked_fill(future, float("-inf")).softmax(-1).flatten(1, 2)
+    future = torch.ones(Tq, T, dtype=torch.bool, device=logits.device).triu(T - Tq + 1)
+    return logits.masked_fill(future, float("-inf"))
 
 
 # The fast ones share an interface: forward gives out and what backward needs of it, the logarithm of the softmax's

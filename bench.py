@@ -29,7 +29,7 @@ import build_laplacian
 import model as model_file
 import taumode
 from attention import tau_attention
-from build_laplacian import laplacian_of, load_laplacian, random_distances
+from build_laplacian import NpyEmbeddings, laplacian_of, load_laplacian, random_distances
 from common import Parser, UserError, commit, peak_rss_mb, replacing, run
 from config import Settings
 from data.corpus import Corpus
@@ -275,7 +275,7 @@ def bench_laplacian(args):
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         files = {count: Path(folder) / f"{count}.npy" for count in EMBEDDED}
-        source = np.load(args.embeddings) if args.embeddings else None
+        source = np.load(NpyEmbeddings(Path(args.embeddings)).path) if args.embeddings else None
         for count, path in files.items():
             generator = np.random.default_rng(0)
             mixing = generator.standard_normal((WIDTH, WIDTH)).astype(np.float32)
@@ -287,17 +287,15 @@ def bench_laplacian(args):
                     x = (generator.standard_normal((n, WIDTH), np.float32) @ mixing if source is None
                          else source[np.arange(first, first + n) % len(source)])
                     x.astype(np.float32).tofile(file)
-        out = Path(folder) / "laplacian.parquet"
         found = {count: [] for count in files}
         for _ in range(args.repeats):
             for count, path in files.items():
-                found[count].append(in_own_process(measured_build, path, out))
+                found[count].append(in_own_process(measured_build, path, path.with_suffix(".parquet")))
         for count, path in files.items():
             seconds, memory = (statistics.median(values) for values in zip(*found[count]))
             rows.append({"rows": count, "seconds": seconds, "memory_mb": memory, "arrowspace_s": "-", "rank_correlation": "-"})
             if count in WITH_ARROWSPACE:
-                in_own_process(measured_build, path, out)
-                theirs = in_own_process(measured_arrowspace, path, out)
+                theirs = in_own_process(measured_arrowspace, path, path.with_suffix(".parquet"))
                 if theirs is None:
                     print("without arrowspace, which is not installed (pip install arrowspace)", file=sys.stderr)
                 else:

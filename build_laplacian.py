@@ -144,7 +144,7 @@ def gram_matrix(shards, center=False):
         gram, total, count = joined(gram, total, count)
     gram = gram - np.outer(total, total) / count if center else gram
     if not np.isfinite(gram).all():
-        raise UserError(f"the embeddings' products are past float64: their greatest length is over 1e150: scale them down")
+        raise UserError("the embeddings' products are past float64: their greatest length is over 1e150: scale them down")
     return gram, count
 
 

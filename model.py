@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attention import tau_attention
+from attention import add_terms, tau_attention
 from common import UserError
 from fused import ENERGY_EPS, ChunkedLoss, Energy, RMSNorm, SquaredReluMLP
 
@@ -296,13 +296,7 @@ def dot_attention(q, k, v, scale=DOT_SCALE, log_decay=None, key_bias=None):
         q, scale = q * scale.view(-1, 1, 1).to(q.dtype), 1.0
     mask = None
     if log_decay is not None or key_bias is not None:
-        mask = q.new_zeros(1, 1, Tq, T)
-        if log_decay is not None:
-            total = log_decay.double().cumsum(-1)
-            mask = mask + (total[..., T - Tq:, None] - total[..., None, :]).to(q.dtype)
-        if key_bias is not None:
-            mask = mask + key_bias.to(q.dtype).repeat_interleave(group, 1)[:, :, None]
-        mask = mask.masked_fill(torch.ones(Tq, T, dtype=torch.bool, device=q.device).triu(T - Tq + 1), -math.inf)
+        mask = add_terms(q.new_zeros(1, q.size(1), Tq, T), log_decay, key_bias)
     elif Tq not in (1, T):
         mask = torch.ones(Tq, T, dtype=torch.bool, device=q.device).tril(T - Tq)
     return F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, is_causal=mask is None and Tq == T,

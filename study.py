@@ -9,7 +9,6 @@ from common import Parser, UserError, read_lines, run
 from config import NO_RESULT, Settings
 
 
-
 def read_results(paths):
     """The lines of the finished runs; of a run with several lines, the last."""
     lines = {}

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import plot
@@ -23,6 +24,7 @@ from common import Parser, UserError, check_place, refuse_existing, replacing, r
 from data.corpus import Corpus, read_jsonl
 from data.embed import lsa_embeddings, sentence_model
 from fused import ENERGY_EPS
+from model import energy
 
 SHOWN = 5  # documents at either end
 PERCENTILES = (5, 25, 50, 75, 95)
@@ -59,9 +61,8 @@ def embeddings_of(texts, path, source):
 
 def energies(x, L):
     """E (N,) of x (N, F), L (F, F); NaN for rows of zeros, which have no direction."""
-    length = (x * x).sum(1)
-    E = np.maximum(((x @ L) * x).sum(1), 0) / (length + ENERGY_EPS)
-    return np.where(length > 0, E, np.nan)
+    E = energy(torch.from_numpy(x)[None, :, None], torch.from_numpy(L)[None])[0, :, 0].numpy()
+    return np.where(x.any(1), E, np.nan)
 
 
 def auc(low, high):
