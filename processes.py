@@ -1,5 +1,6 @@
 """The processes of a run: one, or those that torchrun started. Every function that says so is a meeting: all call it."""
 
+import gc
 import os
 from contextlib import contextmanager
 
@@ -21,6 +22,7 @@ def meet(device):
 
 def part():
     if dist.is_initialized():
+        gc.collect()  # a DDP model in a cycle would keep the group, and gloo's threads abort if they outlive the interpreter
         dist.destroy_process_group()
 
 
