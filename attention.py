@@ -52,7 +52,7 @@ def tau_attention(lambda_q, lambda_k, v, temperature, log_decay=None, key_bias=N
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r}: one of {', '.join(IMPLS)}")
     if impl == "auto":
-        impl = "naive" if Tq < T else fastest(v.device.type, "short" if T < 64 else "long" if T >= 4096 else "medium")
+        impl = "naive" if Tq < T else fastest(v.device.type, "short" if T < 256 else "long" if T >= 4096 else "medium")
     elif impl != "naive" and Tq < T:
         raise ValueError(f"impl={impl!r} needs a query for every key, not {Tq} for {T}")
     with torch.autocast(v.device.type, enabled=False):
@@ -177,7 +177,7 @@ def backend(impl):
 
 
 def fastest(device, context):
-    """The impl that "auto" takes on a device: "short" contexts below 64 tokens, "long" ones from 4,096 on."""
+    """The impl that "auto" takes on a device: "short" contexts below 256 tokens, "long" ones from 4,096 on."""
     return _fastest(device, context)
 
 
