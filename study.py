@@ -1,11 +1,14 @@
 """The table of the runs in files of results: a row for each set of settings, mean and spread over its seeds.
 
-    python study.py results/tau_modes.jsonl"""
+    python study.py results/tau_modes.jsonl
+    python study.py results/study.jsonl --rows --figure=results/study.png
+
+--rows is for runs in folders .../CORPUS/ROW/SEED, as runs/study.sh has them: a row for each ROW, columns for each CORPUS."""
 
 import statistics
 from pathlib import Path
 
-from common import Parser, UserError, read_lines, run
+from common import Parser, UserError, check_place, read_lines, replacing, run
 from config import NO_RESULT, Settings
 
 
@@ -40,13 +43,69 @@ def table(records):
     return "\n".join(rows)
 
 
+def by_row(records):
+    """{ROW: {CORPUS: its records}}, in the order in which they came, of runs in folders .../CORPUS/ROW/SEED."""
+    rows = {}
+    for record in records:
+        if len(parts := Path(record["run"]).parts) < 3:
+            raise UserError(f"--rows: the run {record['run']!r} is not in a folder CORPUS/ROW/SEED")
+        rows.setdefault(parts[-2], {}).setdefault(parts[-3], []).append(record)
+    return rows
+
+
+def row_table(rows):
+    """Markdown: mean of the seeds' best validation losses, nats a token, and in brackets the greatest less the least."""
+    corpora = list(dict.fromkeys(corpus for row in rows.values() for corpus in row))
+    lines = ["| | " + " | ".join(f"{corpus} | bits a byte | parameters" for corpus in corpora) + " | seeds |",
+             "| " + "--- | " * (3 * len(corpora) + 2)]
+    for name, row in rows.items():
+        cells = []
+        for corpus in corpora:
+            losses = [record["best_loss"] for record in row.get(corpus, ())]
+            cells += [f"{statistics.mean(losses):.4f} ({max(losses) - min(losses):.4f})",
+                      f"{statistics.mean(record['bits_per_byte'] for record in row[corpus]):.4f}",
+                      f"{row[corpus][0]['parameters']:,}"] if losses else ["-"] * 3
+        lines.append(f"| {name} | " + " | ".join(cells) + " | " + ", ".join(str(len(row.get(corpus, ()))) for corpus in corpora) + " |")
+    return "\n".join(lines)
+
+
+def draw_rows(rows, path):
+    """A panel for each corpus: every seed's loss a point, the mean a bar."""
+    import matplotlib
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    corpora = list(dict.fromkeys(corpus for row in rows.values() for corpus in row))
+    figure, axes = plt.subplots(1, len(corpora), figsize=(3 + 3.5 * len(corpora), 1.5 + 0.25 * len(rows)), sharey=True, squeeze=False,
+                                layout="constrained")
+    for axis, corpus in zip(axes[0], corpora):
+        for height, (name, row) in enumerate(rows.items()):
+            losses = [record["best_loss"] for record in row.get(corpus, ())]
+            color = "C0" if name.startswith("dot") else "C1"
+            axis.plot(losses, [height] * len(losses), "o", color=color, markersize=4, alpha=0.6)
+            if losses:
+                axis.plot(statistics.mean(losses), height, "|", color=color, markersize=14)
+        axis.set(title=corpus, xlabel="validation loss, nats a token", yticks=range(len(rows)), yticklabels=rows)
+        axis.grid(axis="y", alpha=0.3)
+    axes[0, 0].invert_yaxis()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
 def main():
     options = Parser(__doc__)
     options.add_argument("results", nargs="+", type=Path, metavar="RESULTS.jsonl")
-    records = read_results(options.parse_args().results)
+    options.add_argument("--rows", action="store_true", help="name rows and columns by the runs' folders")
+    options.add_argument("--figure", type=Path, metavar="FILE.png", help="draw such rows")
+    options.add_argument("--overwrite", action="store_true", help="replace a figure that is there already")
+    args = options.parse_args()
+    if args.figure:
+        check_place(args.figure, ".png", args.overwrite)
+    records = read_results(args.results)
     if not records:
         raise UserError("no finished run in these files")
-    print(table(records))
+    print(row_table(by_row(records)) if args.rows else table(records))
+    if args.figure:
+        draw_rows(by_row(records), args.figure)
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ def finished(settings, state, model, corpus, seconds):
     line = {"run": settings.out_dir, "config": config_hash(settings), "seed": settings.seed, "commit": commit(),
             "data": corpus.meta["sha256"][:12], "parameters": model.parameter_count(), "steps": state["step"],
             "tokens": state["tokens"], "seconds": round(seconds, 1), "best_loss": state["best_loss"],
-            "settings": changed_settings(settings)}
+            "bits_per_byte": corpus.bits_per_byte(state["best_loss"]), "settings": changed_settings(settings)}
     with open(settings.results, "a") as file:
         file.write(json.dumps(line) + "\n")
 

@@ -291,3 +291,19 @@ def test_a_finished_run_leaves_a_line_and_study_makes_the_table(here):
     (here / "bad.jsonl").write_text('{"run": 1}\n')
     assert "bad.jsonl, line 1" in fails("study.py", "bad.jsonl", cwd=here)
     assert "absent.jsonl" in fails("study.py", "absent.jsonl", cwd=here)
+
+
+def test_study_makes_rows_of_folders(here):
+    """out/NAME/CORPUS/ROW/SEED: the last line of a run counts; a corpus without a row is left open there."""
+    def line(corpus, row, seed, loss):
+        return json.dumps({"run": f"out/s/{corpus}/{row}/{seed}", "config": row, "seed": seed, "best_loss": loss, "bits_per_byte": loss / 2,
+                           "parameters": 1200, "seconds": 1, "tokens": 1, "settings": {}}) + "\n"
+    (here / "s.jsonl").write_text(line("a", "tau + gate", 1, 9.0) + line("a", "tau + gate", 1, 2.0) + line("a", "tau + gate", 2, 4.0)
+                                  + line("b", "dot", 1, 5.0))
+    rows = ok("study.py", "s.jsonl", "--rows", "--figure=f.png", cwd=here).splitlines()
+    assert rows[2:] == ["| tau + gate | 3.0000 (2.0000) | 1.5000 | 1,200 | - | - | - | 2, 0 |",
+                        "| dot | - | - | - | 5.0000 (0.0000) | 2.5000 | 1,200 | 0, 1 |"]
+    assert (here / "f.png").stat().st_size > 5000
+    assert "f.png" in fails("study.py", "s.jsonl", "--rows", "--figure=f.png", cwd=here)
+    (here / "s.jsonl").write_text(line("a", "b", 1, 1.0).replace("out/s/a/b/1", "out"))
+    assert "CORPUS/ROW/SEED" in fails("study.py", "s.jsonl", "--rows", cwd=here)

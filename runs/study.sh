@@ -1,0 +1,94 @@
+#!/usr/bin/env bash
+# What each switch is worth, for tau and for its dot-product twin, on three corpora: Tiny Shakespeare characters, the
+# documentation of Python, and a JSONL file of yours (the README's figures are of security advisories).
+#
+#     bash runs/study.sh FILE.jsonl                        all of it
+#     bash runs/study.sh FILE.jsonl "tau + gate" dot       these rows only
+#
+# SEEDS="1 2 3" CORPORA="shakespeare_char python_docs advisories" TEXT=tinyshakespeare.txt (else loaded through `datasets`)
+# WORKERS=2 (runs at a time, of one thread each) NAME=study: what may be set. Runs go to out/NAME/CORPUS/ROW/SEED, their lines
+# to results/NAME.jsonl. Finished ones are left, interrupted ones go on; another NAME makes them again.
+[ $# -ge 1 ] || { echo 'usage: bash runs/study.sh FILE.jsonl ["ROW" ...]' >&2; exit 2; }
+[ -f "$1" ] || { echo "runs/study.sh: $1 does not exist" >&2; exit 2; }
+jsonl=$(realpath "$1") text=${TEXT:+$(realpath "$TEXT")} name=${NAME:-study}
+shift
+. "$(dirname "$0")/setup.sh"
+
+of_both="--learn_temperature=True --forget=gate --conv=4 --key_bias=True --output_gate=True"
+sharp="--temperature=0.05"
+best="$sharp $of_both --spectral_filter=True --local_heads=2"
+rows=$(sed 's/ *| */|/' <<EOF
+dot                             | --attention=dot
+dot + all                       | --attention=dot $of_both
+tau, published                  |
+tau + all                       | $best
+dot + learned scale             | --attention=dot --learn_temperature=True
+dot + slope                     | --attention=dot --forget=slope
+dot + gate                      | --attention=dot --forget=gate
+dot + convolution               | --attention=dot --conv=4
+dot + key bias                  | --attention=dot --key_bias=True
+dot + output gate               | --attention=dot --output_gate=True
+tau + temperature 0.05          | $sharp
+tau + learned temperature       | $sharp --learn_temperature=True
+tau + slope                     | --forget=slope
+tau + gate                      | --forget=gate
+tau + spectral filter           | --spectral_filter=True
+tau + convolution               | --conv=4
+tau + key bias                  | --key_bias=True
+tau + output gate               | --output_gate=True
+tau + local heads               | --local_heads=2
+tau + all, random graph         | $best --laplacian=DATA/random.parquet
+tau + all, chain                | $best --laplacian=DATA/chain.parquet
+tau + all, complete graph       | $best --laplacian=DATA/complete.parquet
+tau, published, random graph    | --laplacian=DATA/random.parquet
+tau, published, chain           | --laplacian=DATA/chain.parquet
+tau, published, complete graph  | --laplacian=DATA/complete.parquet
+EOF
+)
+for row; do
+    grep -qF "$row|" <<< "$rows" || { printf 'runs/study.sh: no row "%s"; there are:\n%s\n' "$row" "${rows//|*/}" >&2; exit 2; }
+done
+[ $# -gt 0 ] && rows=$(for row; do grep -F "$row|" <<< "$rows" | head -1; done)
+
+prepare() {  # a corpus, and its graphs: of F = head size features for characters, F = n_embd for BPE
+    local data=data/$1 dim=128 documents=data/$1
+    case $1 in
+    shakespeare_char)
+        dim=32 documents=data/shakespeare_speeches
+        [ -f $data/meta.json ] || show python data/shakespeare_char/prepare.py ${text:+"$text"}
+        [ -f $documents/meta.json ] || python -c '
+import json, data.corpus
+text, = data.corpus.Corpus("data/shakespeare_char").documents("train")
+for speech in text.split("\n\n"):
+    print(json.dumps({"text": speech}))' > data/shakespeare_speeches.jsonl
+        [ -f $documents/meta.json ] || show python data/jsonl/prepare.py data/shakespeare_speeches.jsonl --tokenizer=char --out_dir=$documents ;;
+    python_docs) [ -f $data/meta.json ] || show python data/python_docs/prepare.py --vocab_size=2048 --val_fraction=0.05 ;;
+    advisories) [ -f $data/meta.json ] || show python data/jsonl/prepare.py "$jsonl" --out_dir=$data --vocab_size=2048 --val_fraction=0.05 ;;
+    *) echo "runs/study.sh: no corpus $1" >&2; exit 2 ;;
+    esac
+    [ -f $documents/embeddings.npy ] || show python data/embed.py $documents --dim=$dim
+    for graph in domain random; do
+        [ -f $data/$graph.parquet ] || show python build_laplacian.py $documents/embeddings.npy --graph=$graph --out=$data/$graph.parquet
+    done
+    for graph in chain complete; do
+        [ -f $data/$graph.parquet ] || show python build_laplacian.py --graph=$graph --dim=$dim --out=$data/$graph.parquet
+    done
+}
+
+one() {  # CORPUS SEED "ROW|SETTINGS": a run, unless its line is there
+    local row=${3%%|*} settings=${3#*|} config=configs/study.toml out
+    out="out/$name/$1/$row/$2"
+    [ $1 = shakespeare_char ] && config=configs/shakespeare_char_tau.toml
+    grep -qsF "\"run\": \"$out\"" "results/$name.jsonl" && return
+    OMP_NUM_THREADS=1 python train.py $config --init_from=auto --data_dir=data/$1 --laplacian=data/$1/domain.parquet \
+        --eval_interval=500 --diag_interval=0 --seed=$2 --results="results/$name.jsonl" --out_dir="$out" ${settings//DATA/data/$1} 2>&1 |
+        tail -1
+}
+
+for corpus in ${CORPORA:-shakespeare_char python_docs advisories}; do prepare $corpus; done
+export name
+export -f one
+for seed in ${SEEDS:-1 2 3}; do for corpus in ${CORPORA:-shakespeare_char python_docs advisories}; do
+    while read -r row; do printf '%s\0%s\0%s\0' $corpus $seed "$row"; done <<< "$rows"
+done; done | xargs -0 -n 3 -P ${WORKERS:-2} bash -c 'one "$@"' one
+show python study.py "results/$name.jsonl" --rows --figure="results/$name.png" --overwrite
