@@ -56,6 +56,7 @@ class Settings:
     output_gate: bool = setting(False, "what the heads give is multiplied by the sigmoid of a projection of the token")
     local_heads: int = setting(0, "tau: heads that attend by dot product instead, to the last local_window tokens only", NOT_NEGATIVE)
     local_window: int = setting(16, "tokens, the query's own among them", POSITIVE)
+    tau_rope: bool = setting(True, "tau: rotate, too, the queries and keys whose energies are compared, by their positions")
     tau_mode: str = setting("fixed", "fixed: tau is the median energy of block 0's keys on the first batch (published); "
                             "mean; percentile; adaptive; gradient; learned (taumode.py)", one_of(*TAU_MODES))
     tau_scope: str = setting("global", "global: block 0's number for every layer and head; head: one each",

@@ -53,6 +53,7 @@ class ModelConfig:
     output_gate: bool = False   # sigmoid of a projection of x, times what the heads give
     local_heads: int = 0        # tau: heads that attend by dot product instead, to the last local_window tokens only
     local_window: int = 16
+    tau_rope: bool = True       # tau: rotate, too, the queries and keys whose energies are compared
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -73,8 +74,8 @@ class ModelConfig:
         if self.local_heads % group or not 0 <= self.local_heads < self.n_head or self.local_window < 1:
             raise UserError(f"local_heads={self.local_heads} must be less than n_head={self.n_head} and a multiple of {group}, "
                             f"the heads that share keys, and local_window={self.local_window} positive")
-        if self.attention == "dot" and (self.spectral_filter or self.local_heads):
-            raise UserError("attention='dot' has no spectral_filter and no local_heads: leave them out")
+        if self.attention == "dot" and (self.spectral_filter or self.local_heads or not self.tau_rope):
+            raise UserError("attention='dot' has no spectral_filter, no local_heads, and tau_rope=True: leave them out")
 
     @property
     def head_size(self):
@@ -236,7 +237,12 @@ class Attention(nn.Module):
             qkv = qkv + sum(tap * past[:, i:i + qkv.size(1)] for i, tap in enumerate(self.taps))
             projected = qkv.split([p.size(-1) for p in projected], -1)
         q, k, v = (p.unflatten(-1, (-1, config.head_size)) for p in projected)
-        return norm(rope(q, rotary)), norm(rope(k, rotary)), v.transpose(1, 2)
+        if config.tau_rope:
+            q, k = rope(q, rotary), rope(k, rotary)
+        else:
+            q, k = (torch.cat([rope(x[:, :, :n], rotary), x[:, :, n:]], 2)
+                    for x, n in ((q, config.local_heads), (k, config.local_kv_heads)))
+        return norm(q), norm(k), v.transpose(1, 2)
 
     def energies(self, q, k, laplacian):
         """(B, T, H) of queries and (B, T, Hkv) of keys."""

@@ -15,21 +15,24 @@ shift
 . "$(dirname "$0")/setup.sh"
 
 of_both="--learn_temperature=True --forget=gate --conv=4 --key_bias=True --output_gate=True"
-sharp="--temperature=0.05"
-best="$sharp $of_both --spectral_filter=True --local_heads=2"
+of_tau="--temperature=0.1 --spectral_filter=True --tau_rope=False"
+best="$of_both $of_tau --n_head=8 --local_heads=4"
 rows=$(sed 's/ *| */|/' <<EOF
 dot                             | --attention=dot
 dot + all                       | --attention=dot $of_both
+dot + all, 8 heads              | --attention=dot $of_both --n_head=8
 tau, published                  |
-tau + all                       | $best
+tau + all                       | $of_both $of_tau --local_heads=2
+tau + all, 8 heads              | $best
 dot + learned scale             | --attention=dot --learn_temperature=True
 dot + slope                     | --attention=dot --forget=slope
 dot + gate                      | --attention=dot --forget=gate
 dot + convolution               | --attention=dot --conv=4
 dot + key bias                  | --attention=dot --key_bias=True
 dot + output gate               | --attention=dot --output_gate=True
-tau + temperature 0.05          | $sharp
-tau + learned temperature       | $sharp --learn_temperature=True
+dot + 8 heads                   | --attention=dot --n_head=8
+tau + temperature 0.05          | --temperature=0.05
+tau + learned temperature       | --temperature=0.1 --learn_temperature=True
 tau + slope                     | --forget=slope
 tau + gate                      | --forget=gate
 tau + spectral filter           | --spectral_filter=True
@@ -37,24 +40,29 @@ tau + convolution               | --conv=4
 tau + key bias                  | --key_bias=True
 tau + output gate               | --output_gate=True
 tau + local heads               | --local_heads=2
-tau + all, random graph         | $best --laplacian=DATA/random.parquet
-tau + all, chain                | $best --laplacian=DATA/chain.parquet
-tau + all, complete graph       | $best --laplacian=DATA/complete.parquet
+tau + energies unrotated        | --tau_rope=False
+tau + 8 heads                   | --n_head=8
+tau + all, 8 heads, random graph   | $best --laplacian=DATA/random.parquet
+tau + all, 8 heads, chain          | $best --laplacian=DATA/chain.parquet
+tau + all, 8 heads, complete graph | $best --laplacian=DATA/complete.parquet
 tau, published, random graph    | --laplacian=DATA/random.parquet
 tau, published, chain           | --laplacian=DATA/chain.parquet
 tau, published, complete graph  | --laplacian=DATA/complete.parquet
 EOF
 )
+chosen=
 for row; do
-    grep -qF "$row|" <<< "$rows" || { printf 'runs/study.sh: no row "%s"; there are:\n%s\n' "$row" "${rows//|*/}" >&2; exit 2; }
+    line=$(awk -F'|' -v row="$row" '$1 == row' <<< "$rows")
+    [ -n "$line" ] || { printf 'runs/study.sh: no row "%s"; there are:\n%s\n' "$row" "$(cut -d'|' -f1 <<< "$rows")" >&2; exit 2; }
+    chosen+=${chosen:+$'\n'}$line
 done
-[ $# -gt 0 ] && rows=$(for row; do grep -F "$row|" <<< "$rows" | head -1; done)
+rows=${chosen:-$rows}
 
-prepare() {  # a corpus, and its graphs: of F = head size features for characters, F = n_embd for BPE
-    local data=data/$1 dim=128 documents=data/$1
+prepare() {  # a corpus, and its graphs of F = n_embd features
+    local data=data/$1 documents=data/$1
     case $1 in
     shakespeare_char)
-        dim=32 documents=data/shakespeare_speeches
+        documents=data/shakespeare_speeches
         [ -f $data/meta.json ] || show python data/shakespeare_char/prepare.py ${text:+"$text"}
         [ -f $documents/meta.json ] || python -c '
 import json, data.corpus
@@ -66,12 +74,12 @@ for speech in text.split("\n\n"):
     advisories) [ -f $data/meta.json ] || show python data/jsonl/prepare.py "$jsonl" --out_dir=$data --vocab_size=2048 --val_fraction=0.05 ;;
     *) echo "runs/study.sh: no corpus $1" >&2; exit 2 ;;
     esac
-    [ -f $documents/embeddings.npy ] || show python data/embed.py $documents --dim=$dim
+    [ -f $documents/embeddings.npy ] || show python data/embed.py $documents --dim=128
     for graph in domain random; do
         [ -f $data/$graph.parquet ] || show python build_laplacian.py $documents/embeddings.npy --graph=$graph --out=$data/$graph.parquet
     done
     for graph in chain complete; do
-        [ -f $data/$graph.parquet ] || show python build_laplacian.py --graph=$graph --dim=$dim --out=$data/$graph.parquet
+        [ -f $data/$graph.parquet ] || show python build_laplacian.py --graph=$graph --dim=128 --out=$data/$graph.parquet
     done
 }
 
@@ -81,7 +89,7 @@ one() {  # CORPUS SEED "ROW|SETTINGS": a run, unless its line is there
     [ $1 = shakespeare_char ] && config=configs/shakespeare_char_tau.toml
     grep -qsF "\"run\": \"$out\"" "results/$name.jsonl" && return
     OMP_NUM_THREADS=1 python train.py $config --init_from=auto --data_dir=data/$1 --laplacian=data/$1/domain.parquet \
-        --eval_interval=500 --diag_interval=0 --seed=$2 --results="results/$name.jsonl" --out_dir="$out" ${settings//DATA/data/$1} 2>&1 |
+        --eval_interval=300 --diag_interval=0 --seed=$2 --results="results/$name.jsonl" --out_dir="$out" ${settings//DATA/data/$1} 2>&1 |
         tail -1
 }
 

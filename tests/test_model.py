@@ -68,7 +68,7 @@ def test_energy_is_the_rayleigh_quotient():
 
 EXTRAS = [dict(learn_temperature=True), dict(forget="slope"), dict(forget="gate"), dict(conv=4), dict(key_bias=True),
           dict(output_gate=True)]
-OF_TAU = [dict(spectral_filter=True), dict(local_heads=2, local_window=5)]
+OF_TAU = [dict(spectral_filter=True), dict(local_heads=2, local_window=5), dict(tau_rope=False)]
 ALL = functools.reduce(dict.__or__, [*EXTRAS, *OF_TAU])
 FORMS = [dict(attention="tau"), dict(attention="dot"), *EXTRAS, *OF_TAU, ALL, *(dict(attention="dot") | extra for extra in EXTRAS),
          dict(attention="dot") | functools.reduce(dict.__or__, EXTRAS)]
