@@ -204,11 +204,16 @@ def _fastest(device, context):  # says its choice, where there is one, and so on
 
 @functools.cache
 def load_walk():
-    """attention.cpp, compiled for this machine's processor at first use and kept in torch's cache of extensions."""
+    return compiled("attention.cpp", "tauformer_walk")
+
+
+def compiled(source, namespace):
+    """The operators of a C++ file beside this one, compiled for this machine's processor at first use and kept in torch's
+    cache of extensions."""
     import ninja
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of absent CUDA, not needed here
     from torch.utils.cpp_extension import load
-    source = Path(__file__).with_name("attention.cpp")
+    source = Path(__file__).with_name(source)
     processor = Path("/proc/cpuinfo")
     flags = next((line for line in processor.read_text().splitlines() if line.startswith(("flags", "Features"))), "") \
         if processor.exists() else ""
@@ -217,11 +222,11 @@ def load_walk():
     os.environ["PATH"] = ninja.BIN_DIR + os.pathsep + path
     try:
         threads = ["-fopenmp"] if sys.platform == "linux" else []  # elsewhere one thread: torch brings no headers for it
-        load(f"tauformer_walk_{digest}", [str(source)], extra_cflags=["-O3", "-march=native", "-std=c++20", *threads],
+        load(f"{namespace}_{digest}", [str(source)], extra_cflags=["-O3", "-march=native", "-std=c++20", *threads],
              extra_ldflags=threads, is_python_module=False)
     finally:
         os.environ["PATH"] = path
-    return torch.ops.tauformer_walk
+    return getattr(torch.ops, namespace)
 
 
 def ahead(n, device, diagonal=1):

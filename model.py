@@ -139,11 +139,11 @@ def head_laplacians(L, config):
     return torch.stack(heads).float()
 
 
-def rotary_angles(config):
-    """cos and sin for rope(), each (block_size, 1, D/2): position times base^(-2i/D), base 10000."""
+def rotary_angles(config, start, stop):
+    """cos and sin for rope(), each (stop - start, 1, D/2): position times base^(-2i/D), base 10000."""
     half = config.head_size // 2
     frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
-    angles = torch.outer(torch.arange(config.block_size, dtype=torch.float64), frequencies)[:, None]
+    angles = torch.outer(torch.arange(start, stop, dtype=torch.float64), frequencies)[:, None]
     return angles.cos().float(), angles.sin().float()
 
 
@@ -159,37 +159,6 @@ def spectral_roots(L):
     eigenvalues, U = torch.linalg.eigh(L.double())
     eigenvalues[:, 0] = 0  # of the constant vector; rounding leaves it a little beside
     return (U * eigenvalues.clamp_min(0).sqrt()[:, None]).float()
-
-
-class Cache:
-    """What attention keeps of the tokens so far, for each layer: (V, lambda_k) for tau, B Hkv T (D+1) numbers, where
-    (K, V) for dot takes B Hkv T 2D. Allocated whole, for block_size tokens, and written in place."""
-
-    def __init__(self, config):
-        self.block_size = config.block_size
-        self.length = 0  # tokens of which every layer has been written
-        self.kept, self.last = {}, {}
-
-    def extend(self, layer, **new):
-        """Write what belongs to new tokens, each (B, heads, T, ...) or None; returns the same of all tokens so far."""
-        whole = []
-        for name, x in new.items():
-            if x is None:
-                whole.append(None)
-                continue
-            if (layer, name) not in self.kept:
-                self.kept[layer, name] = x.new_zeros(*x.shape[:2], self.block_size, *x.shape[3:])
-            end = self.length + x.size(2)
-            self.kept[layer, name][:, :, self.length:end] = x
-            whole.append(self.kept[layer, name][:, :, :end])
-        return whole
-
-    def recent(self, layer, name, x, n):
-        """x (..., T, D), after the last n tokens before it, or as many as there were."""
-        if (layer, name) in self.last:
-            x = torch.cat([self.last[layer, name], x], -2)
-        self.last[layer, name] = x[..., max(0, x.size(-2) - n):, :]
-        return x
 
 
 class Attention(nn.Module):
@@ -275,17 +244,17 @@ class Attention(nn.Module):
             keys = bounded(E_k, tau).transpose(1, 2)  # (B, Hkv, T)
         else:
             queries, keys = q.transpose(1, 2), k.transpose(1, 2)  # (B, H, T, D), (B, Hkv, T, D)
-        if cache is not None:
-            keys, v, log_decay, key_bias = cache.extend(self.layer, keys=keys, values=v, log_decay=log_decay, key_bias=key_bias)
         if config.forget == "slope":
             log_decay = -self.log_slope.exp()[:, None].expand(len(x), -1, v.size(2))
         if config.attention == "tau":
             temperature = config.temperature / sharpness
             if self.seen is not None:
                 self.seen.append((E_q.detach(), E_k.detach(), temperature, log_decay, key_bias))
-            y = tau_attention(queries, keys, v, temperature, log_decay, key_bias)
+            operator, scale = tau_attention, temperature
         else:
-            y = dot_attention(queries, keys, v, DOT_SCALE * sharpness, log_decay, key_bias)
+            operator, scale = dot_attention, DOT_SCALE * sharpness
+        attend = operator if cache is None else cache.attend(self.layer, operator)
+        y = attend(queries, keys, v, scale, log_decay, key_bias)
         if n:
             y = torch.cat([self.local(q_local.transpose(1, 2), k_local.transpose(1, 2), v_local, local_sharpness, cache), y], 1)
         y = y.transpose(1, 2).flatten(2)  # (B, T, H D)
@@ -361,7 +330,7 @@ class Tauformer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        for name, buffer in zip(("cos", "sin"), rotary_angles(config)):
+        for name, buffer in zip(("cos", "sin"), rotary_angles(config, 0, config.block_size)):
             self.register_buffer(name, buffer, persistent=False)
         if config.attention == "tau":
             if laplacian is None:
@@ -381,17 +350,20 @@ class Tauformer(nn.Module):
                 nn.init.normal_(weight, std=INIT_STD / math.sqrt(2 * self.config.n_layer) if residual else INIT_STD)
 
     def rotary(self, start, stop):
-        return self.cos[start:stop], self.sin[start:stop]
+        if stop <= self.config.block_size:
+            return self.cos[start:stop], self.sin[start:stop]
+        return [x.to(self.cos.device) for x in rotary_angles(self.config, start, stop)]
 
     def forward(self, idx, targets=None, cache=None, head=True):
         """idx (B, T) int64 -> logits (B, T, V); with targets (B, T), the mean loss in nats, a scalar.
         With a cache, idx are the tokens that follow those in it, and it takes them up. Without the head: what it would
         read, (B, T, C).
-        Raises ValueError if the tokens are more than block_size."""
+        Raises ValueError if the tokens are more than block_size, or with a cache more than its size."""
         start = cache.length if cache is not None else 0
         stop = start + idx.size(1)
-        if stop > self.config.block_size:
-            raise ValueError(f"{stop} tokens are more than block_size={self.config.block_size}")
+        longest = cache.size if cache is not None else self.config.block_size
+        if stop > longest:
+            raise ValueError(f"{stop} tokens are more than {longest}")
         x = self.dropout(self.embedding(idx))  # (B, T, C)
         for block in self.blocks:
             x = block(x, self.rotary(start, stop), self.laplacian, cache)
@@ -401,9 +373,13 @@ class Tauformer(nn.Module):
         if not head:
             return x
         if targets is None:
-            return softcapped(self.head(x).float(), self.config.softcap)
+            return self.logits(x)
         return ChunkedLoss.apply(x.flatten(0, 1), self.head.weight, targets.flatten(), self.config.softcap,
                                  torch.is_grad_enabled())
+
+    def logits(self, x):
+        """(..., V) float32 of what forward() gives without the head, (..., C)."""
+        return softcapped(self.head(x).float(), self.config.softcap)
 
     @contextmanager
     def recording(self):

@@ -1,138 +1,214 @@
 """Sample from a trained model.
 
     python sample.py out/quickstart --prompt="The list object" --max_new_tokens=100 --num_samples=3
+    python sample.py out/quickstart --prompts=FILE       a prompt a line, their samples one after another
+    python sample.py out/quickstart --interactive        asks for prompts; Ctrl-C stops a sample
+    python sample.py out/quickstart --score=FILE         loss, perplexity and bits per byte of a text
 
 Writes the generated text, without the prompt, to standard output; on a terminal as it comes. Several samples are
 generated as one batch and written one after another."""
 
 import codecs
+import math
 import sys
+import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import checkpoint
+from cache import StreamCache, make_cache
 from common import Parser, UserError, choose_device, run
 from data import tokenizer as tokenizers
-from model import Cache
+from generate import decode_n_tokens
+
+SCORED = 256  # tokens scored at a time
 
 
-def probabilities(logits, temperature, top_k, top_p):
-    """(B, V) float64 of logits (B, V): divided by the temperature, then cut to the top_k most likely tokens (0: all),
-    then to the fewest of those that hold top_p of the mass. temperature 0: all mass on the most likely token."""
-    logits = logits.double()
-    logits = logits - logits.amax(-1, keepdim=True)
-    if temperature == 0:
-        return torch.zeros_like(logits).scatter(1, logits.argmax(-1, keepdim=True), 1.0)
-    ordered, order = (logits / temperature).sort(descending=True, stable=True)
-    if top_k:
-        ordered[:, top_k:] = float("-inf")
-    p = ordered.softmax(-1)
-    p[p.cumsum(-1) - p >= top_p] = 0
-    return torch.zeros_like(p).scatter(1, order, p / p.sum(-1, keepdim=True))
+class Text:
+    """The text of one sample, from its tokens: pieces of whole characters, each once, until one of `stops` would come."""
 
+    def __init__(self, tokenizer, stops=()):
+        self.tokenizer, self.stops = tokenizer, stops
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.held, self.stopped = "", False
 
-def sample(p, generators):
-    """One token (B, 1) from each row of p (B, V) on the CPU, row i by generators[i] alone: what a sample becomes does
-    not depend on the others in its batch."""
-    u = torch.stack([torch.rand((), generator=generator, dtype=torch.float64) for generator in generators])[:, None]
-    cumulated = p.cumsum(-1)
-    return torch.searchsorted(cumulated, u * cumulated[:, -1:], right=True).clamp_max(p.size(1) - 1)
+    def add(self, token):
+        """What is new to be shown after this token. A text that may be the beginning of a stop is held back."""
+        return self.released(self.decoder.decode(self.tokenizer.decode_bytes([token])), last=False)
 
+    def end(self):
+        return self.released(self.decoder.decode(b"", final=True), last=True)
 
-def prefill(model, tokens):
-    """(logits (B, V) of the next token, cache) after tokens (B, T)."""
-    cache = Cache(model.config)
-    return model(tokens, cache=cache)[:, -1], cache
-
-
-def decode_one_token(model, token, cache):
-    """Logits (B, V) of the next token, after one more token (B, 1)."""
-    return model(token, cache=cache)[:, -1]
-
-
-@torch.no_grad()
-def generate(model, prompt, max_new_tokens, temperature, top_k, top_p, seed):
-    """Yield max_new_tokens times the next tokens (B,), on the CPU, after prompt (B, T >= 1) on the model's device.
-
-    The context is at most block_size tokens: of a longer prompt the last ones, and whenever it is full it starts again
-    from its last half."""
-    block_size = model.config.block_size
-    generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompt))]
-    context = prompt[:, -block_size:]
-    if max_new_tokens:
-        logits, cache = prefill(model, context)
-    for produced in range(1, max_new_tokens + 1):
-        token = sample(probabilities(logits.cpu(), temperature, top_k, top_p), generators)
-        yield token[:, 0]
-        if produced == max_new_tokens:
-            return
-        token = token.to(prompt.device)
-        context = torch.cat([context, token], 1)
-        if context.size(1) > block_size:
-            context = context[:, -(block_size // 2 or 1):]
-            logits, cache = prefill(model, context)
+    def released(self, text, last):
+        if self.stopped:
+            return ""
+        self.held += text
+        places = [place for stop in self.stops if (place := self.held.find(stop)) >= 0]
+        if places:
+            self.stopped, keep = True, 0
+            self.held = self.held[:min(places)]
         else:
-            logits = decode_one_token(model, token, cache)
+            keep = 0 if last else max((n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0)
+        shown, self.held = self.held[:len(self.held) - keep], self.held[len(self.held) - keep:]
+        return shown
 
 
-def prompt_tokens(args, tokenizer):
-    """The tokens of the prompt; an empty one stands for the beginning of a document."""
-    if args.prompt_file == "-":
-        text = sys.stdin.buffer.read().decode("utf-8", "replace")
-    elif args.prompt_file:
-        text = Path(args.prompt_file).read_bytes().decode("utf-8", "replace")
-    else:
-        text = args.prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+def prompt_tokens(text, tokenizer):
+    """The tokens of a prompt; an empty one stands for the beginning of a document."""
     if text:
         return tokenizer.encode(text)
     return [0 if tokenizer.end_token is None else tokenizer.end_token]
+
+
+def read(name):
+    """The text of a file, or of standard input for "-"; bytes that are not UTF-8 become replacement characters."""
+    data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    return data.decode("utf-8", "replace")
+
+
+def samples(args, model, tokenizer, prompts, cache=None, show=None, total=None):
+    """The texts, num_samples of each prompt; `show` gets each piece of the first one's text as it comes."""
+    texts = [Text(tokenizer, args.stop) for _ in prompts for _ in range(args.num_samples)]
+    pieces = [[] for _ in texts]
+    stop = {tokenizer.end_token} if args.stop and tokenizer.end_token is not None else ()
+    tokens = decode_n_tokens(model, [prompt for prompt in prompts for _ in range(args.num_samples)],
+                             [args.seed + number for _ in prompts for number in range(args.num_samples)], args.max_new_tokens,
+                             args.temperature, args.top_k, args.top_p, cache or args.cache, stop)
+
+    def piece(row, text):
+        pieces[row].append(text)
+        if show and row == 0:
+            show(text)
+
+    with tqdm(total=len(texts) * args.max_new_tokens, unit=" tokens", disable=True if show else None) as progress:
+        for row, token in tokens:
+            progress.update()
+            if token not in stop:
+                piece(row, texts[row].add(token))
+            if all(text.stopped for text in texts):
+                break
+    for row, text in enumerate(texts):
+        piece(row, text.end())
+    return ["".join(row) for row in pieces]
+
+
+def interactive(args, model, tokenizer):
+    """Ask for prompts until the end of input; Ctrl-C ends a sample, and at the question the program."""
+    while True:
+        print("\n> ", end="", file=sys.stderr, flush=True)
+        try:
+            line = sys.stdin.readline()
+        except KeyboardInterrupt:
+            return
+        if not line:
+            return
+        count, begin = 0, time.perf_counter()
+
+        def show(piece):
+            nonlocal count
+            count += 1
+            print(piece, end="", flush=True)
+        try:
+            samples(args, model, tokenizer, [prompt_tokens(line.rstrip("\n"), tokenizer)], show=show)
+        except KeyboardInterrupt:
+            pass
+        seconds = time.perf_counter() - begin
+        print(flush=True)
+        print(f"[{count} tokens, {count / seconds:.1f} tokens/s]", file=sys.stderr)
+
+
+@torch.no_grad()
+def score(model, tokens, cache_name):
+    """The mean loss, nats a token, of tokens 1 .. of a list: each from all before it with cache "stream", else from those
+    before it in its window of block_size tokens. Memory does not grow with the text."""
+    device, total = model.head.weight.device, 0.0
+    endless = cache_name == "stream"
+    window = len(tokens) if endless else model.config.block_size
+    for begin in tqdm(range(0, len(tokens) - 1, window), unit=" windows", disable=None):
+        cache = make_cache(cache_name if endless else "plain", model.config, device)
+        for start in range(begin, min(begin + window, len(tokens) - 1), SCORED):
+            stop = min(start + SCORED, begin + window, len(tokens) - 1)
+            idx, targets = (torch.tensor([tokens[start + s:stop + s]], device=device) for s in (0, 1))
+            total += F.cross_entropy(model.logits(model(idx, cache=cache, head=False))[0], targets[0], reduction="sum").item()
+    return total / (len(tokens) - 1)
 
 
 def main():
     options = Parser(__doc__)
     options.add_argument("out_dir", metavar="OUT_DIR", help="output folder of train.py; its best checkpoint is taken")
     options.add_argument("--prompt", default="", help="text to go on from (default: the beginning of a document)")
-    options.add_argument("--prompt_file", help="file that holds it; - for standard input")
+    options.add_argument("--prompt_file", metavar="FILE", help="file that holds it; - for standard input")
+    options.add_argument("--prompts", metavar="FILE", help="file of prompts, one a line; - for standard input")
+    options.add_argument("--interactive", action="store_true", help="ask for prompts")
+    options.add_argument("--score", metavar="FILE", help="loss, perplexity and bits per byte of a text; - for standard input")
     options.add_argument("--max_new_tokens", type=int, default=200, help="tokens to generate (default: %(default)s)")
-    options.add_argument("--num_samples", type=int, default=1, help="(default: %(default)s)")
+    options.add_argument("--num_samples", type=int, default=1, help="of each prompt (default: %(default)s)")
     options.add_argument("--temperature", type=float, default=0.8,
                          help="of the sampling, not of the attention; 0: always the likeliest (default: %(default)s)")
     options.add_argument("--top_k", type=int, default=200, help="only the likeliest K; 0: all (default: %(default)s)")
     options.add_argument("--top_p", type=float, default=1.0, help="only the likeliest that hold P of the mass "
                                                                   "(default: %(default)s)")
+    options.add_argument("--stop", action="append", default=[], metavar="TEXT",
+                         help="end a sample before this text, or at the document's end; may be given again")
+    options.add_argument("--cache", choices=("exact", "stream", "none"), default="exact",
+                         help="exact; stream: memory that does not grow, and a context without an end; none: all is computed again "
+                              "for each token (default: %(default)s)")
+    options.add_argument("--session", type=Path, metavar="FILE",
+                         help="with --cache=stream: go on from this file, where it exists, and keep the context in it afterwards")
     options.add_argument("--seed", type=int, default=1337, help="(default: %(default)s)")
     options.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: %(default)s)")
     args = options.parse_args()
     for name, good in (("max_new_tokens", 0 <= args.max_new_tokens < 2**31), ("num_samples", 1 <= args.num_samples <= 4096),
                        ("temperature", 0 <= args.temperature < float("inf")), ("top_k", args.top_k >= 0),
-                       ("top_p", 0 < args.top_p <= 1), ("seed", 0 <= args.seed < 2**31)):
+                       ("top_p", 0 < args.top_p <= 1), ("seed", 0 <= args.seed < 2**31), ("stop", all(args.stop))):
         if not good:
             raise UserError(f"--{name}={getattr(args, name)} is out of range (--help lists the options)")
-    if args.prompt and args.prompt_file:
-        raise UserError("give --prompt or --prompt_file, not both")
+    sources = ("prompt", "prompt_file", "prompts", "interactive", "score")
+    if len(given := [f"--{name}" for name in sources if getattr(args, name)]) > 1:
+        raise UserError(f"give {' or '.join(given)}, not both")
+    if args.session and (args.cache != "stream" or args.num_samples > 1 or args.prompts or args.interactive or args.score):
+        raise UserError("--session goes with --cache=stream, one prompt and one sample")
 
     device = choose_device(args.device)
     path = checkpoint.find(args.out_dir)
     tensors, header = checkpoint.read(path)
     tokenizer = tokenizers.from_json(header["tokenizer"])
-    prompt = torch.tensor([prompt_tokens(args, tokenizer)], device=device).expand(args.num_samples, -1)
     model = checkpoint.build_model(tensors, header, path).to(device).eval()
-
-    stream = sys.stdout.isatty()
     sys.stdout.reconfigure(encoding="utf-8")
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    steps = generate(model, prompt, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
-    columns = []
-    for tokens in tqdm(steps, total=args.max_new_tokens, unit=" tokens", disable=True if stream else None):
-        columns.append(tokens)
-        if stream:
-            print(decoder.decode(tokenizer.decode_bytes([tokens[0].item()])), end="", flush=True)
-    rows = torch.stack(columns, 1).tolist() if columns else [[]] * args.num_samples
-    texts = [tokenizer.decode_bytes(row).decode("utf-8", "replace") for row in rows]
-    first = decoder.decode(b"", final=True) if stream else texts[0]
-    print("\n".join([first, *texts[1:]]), end="\n" if stream else "")
+    if args.interactive:
+        return interactive(args, model, tokenizer)
+    if args.score:
+        text = read(args.score)
+        tokens = tokenizer.encode(text)
+        if len(tokens) < 2:
+            raise UserError(f"{args.score} holds {len(tokens)} tokens: at least 2 are needed")
+        loss = score(model, tokens, args.cache)
+        scored_bytes = len(tokenizer.decode_bytes(tokens[1:]))
+        print(f"loss {loss:.4f} nats a token, perplexity {math.exp(min(loss, 700)):.2f}, bits per byte "
+              f"{loss * (len(tokens) - 1) / math.log(2) / max(1, scored_bytes):.4f}, {len(tokens) - 1:,} tokens")
+        return
+    if args.prompts:
+        prompts = read(args.prompts).splitlines()
+        if not prompts:
+            raise UserError(f"{args.prompts} holds no prompt")
+    elif args.prompt_file:
+        prompts = [read(args.prompt_file)]
+    else:
+        prompts = [args.prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")]
+    prompts = [prompt_tokens(prompt, tokenizer) for prompt in prompts]
+    session = None
+    if args.session:
+        make_cache("stream", model.config, device)  # refuses what has none
+        session = StreamCache.load(args.session, model.config) if args.session.exists() else StreamCache(model.config)
+
+    terminal = sys.stdout.isatty()
+    texts = samples(args, model, tokenizer, prompts, session, (lambda piece: print(piece, end="", flush=True)) if terminal else None)
+    print("\n".join(["" if terminal else texts[0], *texts[1:]]), end="\n" if terminal else "")
+    if session:
+        session.save(args.session)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from attention import tau_attention
 from common import UserError
 from fused import ChunkedLoss, SquaredReluMLP
-from model import (Cache, ModelConfig, Tauformer, bounded, dot_attention, energy, filtered_energy, head_laplacians,
+from cache import Cache
+from model import (ModelConfig, Tauformer, bounded, dot_attention, energy, filtered_energy, head_laplacians,
                    kron_reduction, norm, spectral_roots, window_attention)
 
 

@@ -6,7 +6,8 @@ import torch
 import checkpoint
 from conftest import fails, ok
 from data import tokenizer as tokenizers
-from sample import generate, probabilities, sample
+from generate import decode_n_tokens, probabilities, sample
+from sample import Text
 
 
 @pytest.fixture(scope="module")
@@ -14,6 +15,15 @@ def trained(work):
     path = work / "out" / "small" / "best.safetensors"
     tensors, header = checkpoint.read(path)
     return checkpoint.build_model(tensors, header, path).eval(), tokenizers.from_json(header["tokenizer"])
+
+
+def generate(model, prompts, n, temperature=0.0, top_k=0, top_p=1.0, seed=0, cache="exact"):
+    """(B, n) new tokens of prompts, the rows drawn with seed, seed + 1, ..."""
+    rows = [[] for _ in prompts]
+    for row, token in decode_n_tokens(model, prompts, [seed + row for row in range(len(prompts))], n, temperature, top_k, top_p, cache):
+        rows[row].append(token)
+    assert {len(row) for row in rows} == {n}
+    return torch.tensor(rows)
 
 
 def test_probabilities_by_hand():
@@ -41,34 +51,92 @@ def test_draws_follow_the_probabilities():
 def test_cached_generation_equals_uncached(trained):
     """Past the context too, where it starts again from the last half."""
     model, _ = trained
-    prompt, T = torch.tensor([[5, 6, 7], [9, 9, 9]]), model.config.block_size
-    tokens = torch.stack(list(generate(model, prompt, 2 * T, 0, 0, 1.0, 0)), 1)
-    context = prompt
+    prompts, T = [[5, 6, 7], [9, 9, 9]], model.config.block_size
+    tokens = generate(model, prompts, 2 * T)
+    context = torch.tensor(prompts)
     for produced in tokens.T:
         with torch.no_grad():
             assert (model(context)[:, -1].argmax(-1) == produced).all()
         context = torch.cat([context, produced[:, None]], 1)
         if context.size(1) > T:
             context = context[:, -(T // 2):]
+    assert torch.equal(generate(model, prompts, 2 * T, cache="none"), tokens)
 
 
-def test_a_sample_does_not_depend_on_its_batch(trained):
+@pytest.mark.parametrize("cache", ["exact", "stream"])
+def test_a_sample_does_not_depend_on_its_batch(trained, cache):
+    """Nor on other prompts, shorter or longer."""
     model, _ = trained
-    alone = torch.stack(list(generate(model, torch.tensor([[5, 6]]), 40, 1.0, 50, 0.9, 7)), 1)
-    many = torch.stack(list(generate(model, torch.tensor([[5, 6]] * 4), 40, 1.0, 50, 0.9, 7)), 1)
+    options = dict(temperature=1.0, top_k=50, top_p=0.9, seed=7, cache=cache)
+    alone = generate(model, [[5, 6]], 40, **options)
+    many = generate(model, [[5, 6], [5, 6], [5, 6, 7, 8, 9, 10, 11], [3]], 40, **options)
     assert torch.equal(many[:1], alone) and not torch.equal(many[1], many[0])
+    assert torch.equal(many[2:3], generate(model, [[5, 6, 7, 8, 9, 10, 11]], 40, **options | dict(seed=9)))
 
 
 def test_text_and_nothing_else(work, trained, tmp_path):
     model, tokenizer = trained
-    rows = torch.stack(list(generate(model, torch.tensor([tokenizer.encode("def ")] * 2), 30, 0.8, 200, 1.0, 3)), 1).tolist()
+    rows = generate(model, [tokenizer.encode("def ")] * 2, 30, 0.8, 200, 1.0, 3).tolist()
     expected = "\n".join(tokenizer.decode_bytes(row).decode("utf-8", "replace") for row in rows)
     (tmp_path / "prompt.txt").write_text("def ")
+    (tmp_path / "prompts.txt").write_text("def \nThe list of\n")
     shutil.copytree(work / "out" / "small", tmp_path / "moved")
     command = ["sample.py", "moved", "--max_new_tokens=30", "--num_samples=2", "--seed=3"]
     assert ok(*command, "--prompt=def ", cwd=tmp_path) == expected
     assert ok(*command, "--prompt_file=prompt.txt", cwd=tmp_path) == expected
     assert ok(*command, "--prompt_file=-", stdin="def ", cwd=tmp_path) == expected
+    assert ok(*command, "--prompts=prompts.txt", cwd=tmp_path).startswith(expected + "\n")
+
+
+def test_pieces_are_whole_characters_and_end_at_a_stop(trained):
+    _, tokenizer = trained
+    text = "naïve 東京 </s> and more"
+    tokens = tokenizer.encode(text)
+    for stops, expected in (((), text), (("</s>",), "naïve 東京 "), (("zzz", "京"), "naïve 東"), (("more!",), text)):
+        pieces = Text(tokenizer, stops)
+        shown = [pieces.add(token) for token in tokens] + [pieces.end()]
+        assert "".join(shown) == expected and pieces.stopped == (expected != text)
+        assert all("\ufffd" not in piece for piece in shown)
+
+
+def test_stop_ends_a_sample(work):
+    whole = ok("sample.py", "out/small", "--max_new_tokens=60", "--temperature=0", cwd=work)
+    stop = whole[20:23]
+    assert ok("sample.py", "out/small", "--max_new_tokens=60", "--temperature=0", f"--stop={stop}", cwd=work) == whole[:whole.index(stop)]
+
+
+def test_interactive(work):
+    shown = ok("sample.py", "out/small", "--max_new_tokens=8", "--interactive", stdin="def\nclass\n", cwd=work)
+    expected = [ok("sample.py", "out/small", "--max_new_tokens=8", f"--prompt={prompt}", cwd=work) for prompt in ("def", "class")]
+    assert shown == "".join(text + "\n" for text in expected)
+
+
+def test_a_session_goes_on(work, tmp_path):
+    """Two halves of a prompt, and two of a sample, are one."""
+    command = ["sample.py", "out/small", "--temperature=0", "--cache=stream"]
+    whole = ok(*command, "--prompt=The list of objects", "--max_new_tokens=50", cwd=work)
+    session = f"--session={tmp_path}/s.safetensors"
+    assert ok(*command, session, "--prompt=The list of", "--max_new_tokens=0", cwd=work) == ""
+    assert ok(*command, session, "--prompt= objects", "--max_new_tokens=50", cwd=work) == whole
+    (tmp_path / "s.safetensors").write_bytes(b"x" * 100)
+    assert "not a saved stream" in fails(*command, session, cwd=work)
+
+
+def test_score(work, trained, tmp_path):
+    """The stream's and the windows' loss of a text that fits the context are that of one forward pass."""
+    model, tokenizer = trained
+    text = "The list of objects is a list."
+    tokens = torch.tensor([tokenizer.encode(text)])
+    assert 8 < tokens.size(1) <= model.config.block_size
+    with torch.no_grad():
+        loss = model(tokens[:, :-1], tokens[:, 1:]).item()
+    (tmp_path / "text.txt").write_text(text)
+    for cache in ("exact", "stream"):
+        out = ok("sample.py", "out/small", f"--score={tmp_path}/text.txt", f"--cache={cache}", cwd=work)
+        assert float(out.split()[1]) == pytest.approx(loss, abs=2e-3) and f"{tokens.size(1) - 1} tokens" in out
+    (tmp_path / "text.txt").write_text(text * 300)
+    for cache in ("exact", "stream"):
+        assert "tokens" in ok("sample.py", "out/small", f"--score={tmp_path}/text.txt", f"--cache={cache}", cwd=work)
 
 
 def test_edges(work):
@@ -81,6 +149,8 @@ def test_edges(work):
     (["nowhere"], "no checkpoint in nowhere"), (["out/small", "--temperature=-1"], "--temperature=-1"),
     (["out/small", "--top_p=0"], "--top_p=0"), (["out/small", "--num_samples=0"], "--num_samples=0"),
     (["out/small", "--max_new_tokens=x"], "max_new_tokens"), (["out/small", "--prompt_file=absent"], "absent"),
-    (["out/small", "--prompt=a", "--prompt_file=b"], "not both"), (["out/small", "--device=abacus"], "abacus")])
+    (["out/small", "--prompt=a", "--prompt_file=b"], "not both"), (["out/small", "--prompts=absent"], "absent"),
+    (["out/small", "--score=/dev/null"], "at least 2"), (["out/small", "--session=s"], "--cache=stream"),
+    (["out/small", "--prompts=/dev/null"], "no prompt"), (["out/small", "--stop="], "--stop"), (["out/small", "--device=abacus"], "abacus")])
 def test_mistakes(work, args, expected):
     assert expected in fails("sample.py", *args, cwd=work)

@@ -1,0 +1,232 @@
+"""What attention keeps of the tokens so far, so that a new one costs little. The model calls attend() and recent().
+
+Cache       all keys, and a new token reads them all: (V, lambda_k) for tau, B Hkv T (D + 1) numbers a layer, where (K, V)
+            takes 2 B Hkv T D for dot
+ExactCache  tau: the same numbers, sorted by lambda in segments whose sizes are powers of two, with running sums: a new token
+            reads O(log T) rows (decode.cpp), and the result is the same
+StreamCache tau: sums over bins of lambda, of the same size after any number of tokens; the result is nearly the same
+"""
+
+import functools
+import math
+import sys
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from attention import compiled
+from common import UserError, replacing
+
+SEGMENT, BLOCK = 128, 16  # as in decode.cpp
+
+
+class Cache:
+    def __init__(self, config, length=0):
+        """For `length` tokens at most (0: block_size), allocated whole and written in place."""
+        self.config = config
+        self.size = length or config.block_size
+        self.length = 0  # tokens of which every layer has been written
+        self.kept, self.last = {}, {}
+
+    def nbytes(self):
+        return sum(x.numel() * x.element_size() for x in [*self.kept.values(), *self.last.values()])
+
+    def buffer(self, layer, name, like, shape, dtype=None):
+        """The tensor of this name, of zeros where it is new."""
+        if (layer, name) not in self.kept:
+            self.kept[layer, name] = like.new_zeros(shape, dtype=dtype)
+        return self.kept[layer, name]
+
+    def extend(self, layer, **new):
+        """Write what belongs to new tokens, each (B, heads, T, ...) or None; returns the same of all tokens so far."""
+        whole = []
+        for name, x in new.items():
+            if x is not None:
+                kept = self.buffer(layer, name, x, (*x.shape[:2], self.size, *x.shape[3:]))
+                end = self.length + x.size(2)
+                kept[:, :, self.length:end] = x
+                x = kept[:, :, :end]
+            whole.append(x)
+        return whole
+
+    def attend(self, layer, operator):
+        """The operator, tau_attention or dot_attention, as a function of new tokens, which takes them up and attends to all."""
+        def attend(queries, keys, v, scale, log_decay, key_bias):
+            keys, v, log_decay, key_bias = self.extend(layer, keys=keys, values=v, log_decay=log_decay, key_bias=key_bias)
+            return operator(queries, keys, v, scale, log_decay, key_bias)
+        return attend
+
+    def recent(self, layer, name, x, n):
+        """x (..., T, D), after the last n tokens before it, or as many as there were."""
+        if (layer, name) in self.last:
+            x = torch.cat([self.last[layer, name], x], -2)
+        self.last[layer, name] = x[..., max(0, x.size(-2) - n):, :].clone()
+        return x
+
+
+@functools.cache
+def decode():
+    return compiled("decode.cpp", "tauformer_decode")
+
+
+class ExactCache(Cache):
+    """Of tau on the CPU in float32; raises what the compiler says if decode.cpp cannot be compiled."""
+
+    def __init__(self, config, length=0):
+        super().__init__(config, length)
+        self.size = -(-self.size // SEGMENT) * SEGMENT
+        decode()
+
+    def attend(self, layer, operator):
+        def attend(lambda_q, lambda_k, v, temperature, log_decay, key_bias):
+            B, H, T = lambda_q.shape
+            Hkv, D, start, N = v.size(1), v.size(3), self.length, self.size
+            buffer = lambda name, *shape, dtype=torch.float32: self.buffer(layer, name, v, (B, *shape), dtype)
+            lambdas, values, weight = buffer("lambda", Hkv, N), buffer("values", Hkv, N, D), buffer("weight", H, N)
+            sums = buffer("sums", H, N // BLOCK, 2, D + 1)
+            scales = buffer("scales", H, N // BLOCK, 2, dtype=torch.float64)
+            ends = buffer("decay", H, 1 + N // SEGMENT, dtype=torch.float64)  # running sum of log decays at each segment's end
+            now = buffer("decay now", H, 1, dtype=torch.float64)
+            temperature = torch.as_tensor(temperature, dtype=torch.float64).expand(H).contiguous()
+            decay = now.expand(B, H, T) if log_decay is None else now + log_decay.double().cumsum(-1)  # (B, H, T)
+            bias = 0 if key_bias is None else key_bias.repeat_interleave(H // Hkv, 1)
+            if log_decay is not None:
+                now.copy_(decay[..., -1:])
+            lambdas[:, :, start:start + T], values[:, :, start:start + T] = lambda_k, v
+
+            def seal(begin, end):
+                decode().seal(lambdas, weight, values, sums, scales, temperature, begin, end)
+
+            if start == 0:
+                for end in range(SEGMENT, T + 1, SEGMENT):
+                    ends[:, :, end // SEGMENT] = decay[:, :, end - 1]
+                for begin, end in [*segments(T // SEGMENT * SEGMENT), (T // SEGMENT * SEGMENT, T)]:
+                    # tokens after the last segment count from its end
+                    at = ends[:, :, (end if end % SEGMENT == 0 else begin) // SEGMENT, None]
+                    weight[:, :, begin:end] = at - decay[:, :, begin:end]
+                weight[:, :, :T] += bias
+                y = operator(lambda_q, lambda_k, v, temperature, log_decay, key_bias)
+                for begin, end in segments(T // SEGMENT * SEGMENT):
+                    seal(begin, end)
+                return y
+            y = []
+            for t in range(T):
+                length = start + t + 1
+                sealed = (length - 1) // SEGMENT * SEGMENT
+                now_t = decay[:, :, t]
+                weight[:, :, length - 1] = ends[:, :, sealed // SEGMENT] - now_t + (bias[:, :, t] if key_bias is not None else 0)
+                y.append(decode().attend(lambda_q[:, :, t].contiguous(), lambdas, weight, values, sums, scales, temperature, ends,
+                                         now_t.contiguous(), sealed, length))
+                if length % SEGMENT == 0:
+                    ends[:, :, length // SEGMENT] = now_t
+                    begin = segments(length)[-1][0]
+                    for old, end in [*segments(sealed), (sealed, length)]:
+                        if old >= begin:
+                            before = ends[:, :, (end if end <= sealed else sealed) // SEGMENT, None]
+                            weight[:, :, old:end] += now_t[..., None] - before
+                    seal(begin, length)
+            return torch.stack(y, 2)
+        return attend
+
+
+def segments(length):
+    """[(start, stop)] of the segments of `length` tokens, a multiple of SEGMENT: the powers of two that it is made of, the
+    greatest first."""
+    found, start = [], 0
+    while start < length:
+        size = 1 << ((length - start) // SEGMENT).bit_length() - 1
+        found.append((start, start + size * SEGMENT))
+        start += size * SEGMENT
+    return found
+
+
+class StreamCache(Cache):
+    """Of tau on the CPU in float32, without an end: memory and time of a token do not depend on the tokens before it.
+
+    [0, 1) is cut into bins, BINS for each unit of a head's temperature, as long as all layers' states take STATE_BYTES at most
+    for a batch of one; beyond it the heads with the most bins get fewer, and `width`, the greatest h, says so. Keys in other bins than the
+    query's count exactly. In its own bin, of width h = 1 / (bins temperature) in units of the logit, each key's weight is wrong
+    by a factor between 1 - h/2 and 1 + h/2, to first order in h. A head's output is thus off by at most
+    h share max|v - out|, share being the weight that the query's own bin has of the whole.
+    (Sums over bins: "Topological Transformer", conclusion, has them as per-centroid aggregates.)"""
+
+    BINS, STATE_BYTES = 16, 8e6
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.size = math.inf
+        self.width = 0.0  # the greatest h of a head
+        decode()
+
+    def bins(self, temperature, D):
+        """(H + 1,) int64: where the bins of each head of a layer begin."""
+        wanted = (self.BINS / temperature).ceil().clamp_min(1)
+        room = self.STATE_BYTES / (self.config.n_layer * 8 * (D + 1))
+        ordered = wanted.sort()[0]  # who wants few gets them; the others share what is left evenly
+        share = (room - ordered.cumsum(0) + ordered) / torch.arange(len(wanted), 0, -1)
+        if (capped := ordered > share).any():
+            wanted = wanted.clamp_max(max(1, math.floor(share[capped][0])))
+        width = (1 / (wanted * temperature)).max().item()
+        if capped.any() and width > self.width:
+            print(f"stream: {self.STATE_BYTES / 1e6:g} MB hold fewer bins than the temperatures ask for: weights in a query's own "
+                  f"bin are off by {width / 2:.2g} of themselves at most", file=sys.stderr)
+        self.width = max(self.width, width)
+        return torch.cat([wanted.new_zeros(1), wanted.cumsum(0)]).long()
+
+    def attend(self, layer, operator):
+        def attend(lambda_q, lambda_k, v, temperature, log_decay, key_bias):
+            B, H, T = lambda_q.shape
+            Hkv, D = v.size(1), v.size(3)
+            temperature = torch.as_tensor(temperature, dtype=torch.float64).expand(H).contiguous()
+            if (layer, "first") not in self.kept:
+                first = self.kept[layer, "first"] = self.bins(temperature, D)
+                self.kept[layer, "state"] = v.new_zeros(B, first[-1], 2, D + 1, dtype=torch.float32)
+                self.kept[layer, "scale"] = v.new_full((B, H), -1e300, dtype=torch.float64)
+            zeros = lambda heads: torch.zeros(B, heads, T, dtype=torch.float64)
+            return decode().stream(lambda_q.contiguous(), lambda_k.contiguous(), v.contiguous(),
+                                   zeros(H) if log_decay is None else log_decay.double().contiguous(),
+                                   zeros(Hkv) if key_bias is None else key_bias.double().contiguous(), temperature,
+                                   *(self.kept[layer, name] for name in ("first", "state", "scale")))
+        return attend
+
+    def save(self, path):
+        """The tokens so far, as a file to go on from."""
+        tensors = {f"{kind}.{layer}.{name}": x.contiguous() for kind in ("kept", "last")
+                   for (layer, name), x in getattr(self, kind).items()}
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, {"length": str(self.length), "width": str(self.width)})
+
+    @classmethod
+    def load(cls, path, config):
+        """Raises UserError if the file is damaged or of another model."""
+        cache = cls(config)
+        try:
+            with safe_open(path, "pt") as file:
+                cache.length, cache.width = int(file.metadata()["length"]), float(file.metadata()["width"])
+                for key in file.keys():
+                    kind, layer, name = key.split(".")
+                    {"kept": cache.kept, "last": cache.last}[kind][int(layer), name] = file.get_tensor(key)
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise UserError(f"{path} is not a saved stream of this program: {error}") from None
+        states = [x for (_, name), x in cache.kept.items() if name == "state"]
+        if len(states) != config.n_layer or any(x.size(-1) != config.head_size + 1 for x in states):
+            raise UserError(f"{path} is of another model")
+        return cache
+
+
+CACHES = {"exact": ExactCache, "stream": StreamCache, "plain": Cache}
+
+
+def make_cache(name, config, device):
+    """A cache by name. exact, where it does not apply (dot, a GPU, no compiler), is the plain one, with which it agrees."""
+    if name == "exact" and (config.attention != "tau" or device.type != "cpu"):
+        name = "plain"
+    if name == "stream" and (config.attention != "tau" or device.type != "cpu"):
+        raise UserError("cache 'stream' is of attention = \"tau\" on a CPU: take exact")
+    try:
+        return CACHES[name](config)
+    except RuntimeError as error:
+        if name == "stream":
+            raise UserError(f"decode.cpp could not be compiled: {str(error).splitlines()[0]}") from None
+        return Cache(config)

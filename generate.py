@@ -1,0 +1,82 @@
+"""Tokens from a trained model: prefill, decode one token, decode n tokens, sample (the four ideas of gpt-fast)."""
+
+import torch
+
+from cache import make_cache
+
+
+def probabilities(logits, temperature, top_k, top_p):
+    """(B, V) float64 of logits (B, V): divided by the temperature, then cut to the top_k most likely tokens (0: all),
+    then to the fewest of those that hold top_p of the mass. temperature 0: all mass on the most likely token."""
+    logits = logits.double()
+    logits = logits - logits.amax(-1, keepdim=True)
+    if temperature == 0:
+        return torch.zeros_like(logits).scatter(1, logits.argmax(-1, keepdim=True), 1.0)
+    ordered, order = (logits / temperature).sort(descending=True, stable=True)
+    if top_k:
+        ordered[:, top_k:] = float("-inf")
+    p = ordered.softmax(-1)
+    p[p.cumsum(-1) - p >= top_p] = 0
+    return torch.zeros_like(p).scatter(1, order, p / p.sum(-1, keepdim=True))
+
+
+def sample(p, generators):
+    """One token (B, 1) from each row of p (B, V) on the CPU, row i by generators[i] alone: what a sample becomes does
+    not depend on the others in its batch."""
+    u = torch.stack([torch.rand((), generator=generator, dtype=torch.float64) for generator in generators])[:, None]
+    cumulated = p.cumsum(-1)
+    return torch.searchsorted(cumulated, u * cumulated[:, -1:], right=True).clamp_max(p.size(1) - 1)
+
+
+def prefill(model, tokens, cache):
+    """Logits (B, V) of the next token after tokens (B, T >= 1), which the cache takes up; without one, cache = None."""
+    return model.logits(model(tokens, cache=cache, head=False)[:, -1])
+
+
+def decode_one_token(model, token, cache):
+    """Logits (B, V) of the next token, after one more token (B, 1)."""
+    return prefill(model, token, cache)
+
+
+@torch.no_grad()
+def decode_n_tokens(model, prompts, seeds, max_new_tokens, temperature, top_k, top_p, cache="exact", stop=()):
+    """Yield (row, token) for each new token of each prompt, a list of lists of tokens, at least one in each. Row i draws with
+    seeds[i] alone, and ends after max_new_tokens or with a token of `stop`.
+
+    All rows begin with as many tokens as the shortest prompt has; a longer one is fed on, token by token, while others are
+    sampled. The context is at most block_size tokens: of longer prompts the last ones, and when it is full it starts again from
+    its last half. With cache = "stream" it has no end. "none": nothing is cached.
+    A StreamCache goes on from what it holds, and takes up all of prompt and sample."""
+    device, block_size = model.head.weight.device, model.config.block_size
+    endless = cache == "stream" or not isinstance(cache, str)
+    new_cache = lambda: None if cache == "none" else make_cache(cache, model.config, device) if isinstance(cache, str) else cache
+    if not endless:
+        prompts = [prompt[-block_size:] for prompt in prompts]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    left = [max_new_tokens] * len(prompts)
+    at = min(map(len, prompts))  # tokens of each row so far
+    context, current = torch.tensor([prompt[:at] for prompt in prompts], device=device), new_cache()
+    if max_new_tokens or not isinstance(cache, str):
+        logits = prefill(model, context, current)
+    while any(left):
+        token = torch.tensor([prompt[at] if at < len(prompt) else 0 for prompt in prompts])[:, None]
+        rows = [row for row, prompt in enumerate(prompts) if at >= len(prompt) and left[row]]
+        if rows:
+            p = probabilities(logits[rows].cpu(), temperature, top_k, top_p)
+            token[rows] = sample(p, [generators[row] for row in rows])
+        for row in rows:
+            yield row, (new := token[row].item())
+            left[row] = 0 if new in stop else left[row] - 1
+        at += 1
+        if not any(left) and isinstance(cache, str):
+            return
+        token = token.to(device)
+        if not endless:
+            context = torch.cat([context, token], 1)
+        if context.size(1) > block_size and not endless:
+            context, current = context[:, -(block_size // 2 or 1):], new_cache()
+            logits = prefill(model, context, current)
+        elif current is None:
+            logits = prefill(model, context, None)
+        else:
+            logits = decode_one_token(model, token, current)
