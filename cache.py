@@ -57,11 +57,12 @@ class Cache:
             return operator(queries, keys, v, scale, log_decay, key_bias)
         return attend
 
-    def recent(self, layer, name, x, n):
-        """x (..., T, D), after the last n tokens before it, or as many as there were."""
+    def recent(self, layer, name, x, n, dim):
+        """x, along dim, after the last n tokens before it, or as many as there were."""
         if (layer, name) in self.last:
-            x = torch.cat([self.last[layer, name], x], -2)
-        self.last[layer, name] = x[..., max(0, x.size(-2) - n):, :].clone()
+            x = torch.cat([self.last[layer, name], x], dim)
+        left = min(n, x.size(dim))
+        self.last[layer, name] = x.narrow(dim, x.size(dim) - left, left).clone()
         return x
 
 

@@ -166,7 +166,7 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         C, D, H, Hkv = config.n_embd, config.head_size, config.n_head, config.n_kv_head
-        far, far_kv = H - config.local_heads, Hkv - config.local_kv_heads  # heads that see all tokens
+        far_kv = Hkv - config.local_kv_heads  # heads of keys that all later tokens see
         self.query = nn.Linear(C, H * D, bias=False)
         self.key = nn.Linear(C, Hkv * D, bias=False)
         self.value = nn.Linear(C, Hkv * D, bias=False)
@@ -181,18 +181,18 @@ class Attention(nn.Module):
 
         if config.learn_temperature:
             self.log_sharpness = nn.Parameter(torch.zeros(H))
-        slope = 2.0 ** (-8 * torch.arange(1, far + 1) / far)  # ALiBi's (Press et al. 2022)
+        slope = 2.0 ** (-8 * torch.arange(1, H + 1) / H)  # ALiBi's (Press et al. 2022)
         if config.forget == "slope":
             self.log_slope = nn.Parameter(slope.log())
         if config.forget == "gate":  # Forgetting Transformer (Lin et al. 2025); at first the slopes
-            self.forget = nn.Linear(C, far)
+            self.forget = nn.Linear(C, H)
             self.forget.bias.data = -slope.expm1().log()
         if config.spectral_filter:
             self.log_filter = nn.Parameter(torch.zeros(far_kv * D))
         if config.conv:
             self.taps = nn.Parameter(torch.zeros(config.conv, (H + 2 * Hkv) * D))
         if config.key_bias:
-            self.key_bias = nn.Linear(C, far_kv, bias=False)
+            self.key_bias = nn.Linear(C, Hkv, bias=False)
         if config.output_gate:
             self.gate = nn.Linear(C, H * D, bias=False)
 
@@ -201,7 +201,7 @@ class Attention(nn.Module):
         config, projected = self.config, [self.query(x), self.key(x), self.value(x)]
         if config.conv:
             qkv = torch.cat(projected, -1)
-            past = qkv if cache is None else cache.recent(self.layer, "qkv", qkv, config.conv - 1)
+            past = qkv if cache is None else cache.recent(self.layer, "qkv", qkv, config.conv - 1, 1)
             past = F.pad(past, (0, 0, qkv.size(1) + config.conv - 1 - past.size(1), 0))
             qkv = qkv + sum(tap * past[:, i:i + qkv.size(1)] for i, tap in enumerate(self.taps))
             projected = qkv.split([p.size(-1) for p in projected], -1)
@@ -222,41 +222,45 @@ class Attention(nn.Module):
         return (filtered_energy(q, laplacian.repeat_interleave(group, 0), log_filter.repeat_interleave(group, 0)),
                 filtered_energy(k, laplacian, log_filter))
 
-    def local(self, q, k, v, sharpness, cache):
-        """The local heads' (B, H, T, D)."""
-        window = self.config.local_window
+    def local(self, q, k, v, sharpness, log_decay, key_bias, cache):
+        """The local heads' (B, H, T, D), of what tau_attention takes."""
+        window, past = self.config.local_window, {"local keys": k, "local values": v, "local decay": log_decay, "local bias": key_bias}
         if cache is not None:
-            k, v = (cache.recent(self.layer, name, x, window - 1) for name, x in (("local keys", k), ("local values", v)))
-        return window_attention(q, k, v, window, DOT_SCALE * sharpness)
+            past = {name: None if x is None else cache.recent(self.layer, name, x, window - 1, 2) for name, x in past.items()}
+        return window_attention(q, *past.values(), window, DOT_SCALE * sharpness)
 
     def forward(self, x, rotary, laplacian, cache):
         config = self.config
         q, k, v = self.projections(x, rotary, cache)
+        log_decay = key_bias = None
+        if config.forget == "gate":
+            log_decay = F.logsigmoid(self.forget(x)).transpose(1, 2)  # (B, H, T)
+        if config.forget == "slope":
+            log_decay = -self.log_slope.exp()[:, None].expand(len(x), -1, x.size(1))
+        if config.key_bias:
+            key_bias = self.key_bias(x).transpose(1, 2)  # (B, Hkv, T)
         n, m = config.local_heads, config.local_kv_heads
-        (q_local, q), (k_local, k), (v_local, v) = q.tensor_split([n], 2), k.tensor_split([m], 2), v.tensor_split([m], 1)
-        local_sharpness, sharpness = self.log_sharpness.exp().tensor_split([n]) if config.learn_temperature else (1.0, 1.0)
-        log_decay = F.logsigmoid(self.forget(x)).transpose(1, 2) if config.forget == "gate" else None  # (B, H, T)
-        key_bias = self.key_bias(x).transpose(1, 2) if config.key_bias else None  # (B, Hkv, T)
+        near_sharpness, sharpness = self.log_sharpness.exp().tensor_split([n]) if config.learn_temperature else (1.0, 1.0)
+        if n:
+            cut = lambda x, count, dim=1: (None, None) if x is None else x.tensor_split([count], dim)
+            (q_near, q), (k_near, k), (v_near, v) = cut(q, n, 2), cut(k, m, 2), cut(v, m)
+            (near_decay, log_decay), (near_bias, key_bias) = cut(log_decay, n), cut(key_bias, m)
+            near = self.local(q_near.transpose(1, 2), k_near.transpose(1, 2), v_near, near_sharpness, near_decay, near_bias, cache)
         if config.attention == "tau":
             E_q, E_k = self.energies(q, k, laplacian)
             tau = self.log_tau.exp()  # (Hkv,)
             queries = bounded(E_q, tau.repeat_interleave(E_q.size(-1) // E_k.size(-1))).transpose(1, 2)  # (B, H, T)
             keys = bounded(E_k, tau).transpose(1, 2)  # (B, Hkv, T)
+            operator, scale = tau_attention, config.temperature / sharpness
+            if self.seen is not None:
+                self.seen.append((E_q.detach(), E_k.detach(), scale, log_decay, key_bias))
         else:
             queries, keys = q.transpose(1, 2), k.transpose(1, 2)  # (B, H, T, D), (B, Hkv, T, D)
-        if config.forget == "slope":
-            log_decay = -self.log_slope.exp()[:, None].expand(len(x), -1, v.size(2))
-        if config.attention == "tau":
-            temperature = config.temperature / sharpness
-            if self.seen is not None:
-                self.seen.append((E_q.detach(), E_k.detach(), temperature, log_decay, key_bias))
-            operator, scale = tau_attention, temperature
-        else:
             operator, scale = dot_attention, DOT_SCALE * sharpness
         attend = operator if cache is None else cache.attend(self.layer, operator)
         y = attend(queries, keys, v, scale, log_decay, key_bias)
         if n:
-            y = torch.cat([self.local(q_local.transpose(1, 2), k_local.transpose(1, 2), v_local, local_sharpness, cache), y], 1)
+            y = torch.cat([near, y], 1)
         y = y.transpose(1, 2).flatten(2)  # (B, T, H D)
         if config.output_gate:
             y = y * self.gate(x).sigmoid()
@@ -278,16 +282,23 @@ def dot_attention(q, k, v, scale=DOT_SCALE, log_decay=None, key_bias=None):
                                           scale=scale / math.sqrt(D), enable_gqa=group > 1)
 
 
-def window_attention(q, k, v, window, scale):
-    """Dot product with the last `window` tokens, the query's own among them: q (B, H, Tq, D) are the last Tq of the T <=
-    Tq + window - 1 positions of k and v (B, Hkv, T, D), scale a number or (H,). O(T window)."""
+def window_attention(q, k, v, log_decay, key_bias, window, scale):
+    """dot_attention to the last `window` tokens, the query's own among them: q (B, H, Tq, D) are the last Tq of the T <= Tq +
+    window - 1 positions of k and v (B, Hkv, T, D), log_decay (B, H, T) and key_bias (B, Hkv, T) or None, scale a number or (H,). O(T window)."""
     (B, H, Tq, D), Hkv, T = q.shape, k.size(1), k.size(2)
     blocks, group = -(-Tq // window), H // k.size(1)
-    scale = torch.as_tensor(scale / math.sqrt(D), dtype=q.dtype, device=q.device)
-    q = F.pad(q * scale.view(-1, 1, 1), (0, 0, 0, blocks * window - Tq))
     before, after = window - (T - Tq), blocks * window - Tq
-    k, v = (F.pad(x.to(q.dtype), (0, 0, before, after)).unfold(2, 2 * window, window) for x in (k, v))  # (B, Hkv, blocks, D, 2 window)
-    logits = q.view(B, Hkv, group, blocks, window, D) @ k[:, :, None]  # of a query, to its block and the one before
+    blocked = lambda x: F.pad(x, (0, 0) * (x.ndim - 3) + (before, after)).unfold(2, 2 * window, window)  # a block and the one before it
+    scale = torch.as_tensor(scale / math.sqrt(D), dtype=q.dtype, device=q.device)
+    q = F.pad(q * scale.view(-1, 1, 1), (0, 0, 0, after))
+    k, v = blocked(k.to(q.dtype)), blocked(v.to(q.dtype))  # (B, Hkv, blocks, D, 2 window)
+    logits = q.view(B, Hkv, group, blocks, window, D) @ k[:, :, None]
+    if log_decay is not None:
+        c = blocked(log_decay.double().cumsum(-1)).view(B, Hkv, group, blocks, 2 * window)
+        c = (c - c[..., window:window + 1]).to(q.dtype)
+        logits = logits + c[..., window:, None] - c[..., None, :]
+    if key_bias is not None:
+        logits = logits + blocked(key_bias.to(q.dtype))[:, :, None, :, None]
     i, j = (torch.arange(n, device=q.device) for n in (window, 2 * window))
     seen = (j > i[:, None]) & (j <= window + i[:, None]) & (j + window * torch.arange(blocks, device=q.device)[:, None, None] >= before)
     y = logits.masked_fill(~seen, -math.inf).softmax(-1) @ v[:, :, None].transpose(-1, -2)

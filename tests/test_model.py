@@ -115,17 +115,24 @@ def test_the_spectral_filter_is_a_function_of_the_laplacian():
     assert filtered_energy(torch.ones(1, 1, 1, 8), roots, log_filter).item() < 1e-9
 
 
+@pytest.mark.parametrize("terms", [False, True])
 @pytest.mark.parametrize("T, window", [(1, 4), (3, 4), (4, 4), (23, 4), (24, 1), (10, 64)])
-def test_window_attention_is_dense_attention_with_a_mask(T, window):
+def test_window_attention_is_dense_attention_with_a_mask(T, window, terms):
     q, k, v, scale = torch.randn(2, 4, T, 8), torch.randn(2, 2, T, 8), torch.randn(2, 2, T, 8), torch.rand(4)
+    decay, bias = (-torch.rand(2, 4, T), torch.randn(2, 2, T)) if terms else (None, None)
     age = torch.arange(T)[:, None] - torch.arange(T)
     logits = scale.view(4, 1, 1) * (q @ k.repeat_interleave(2, 1).transpose(-1, -2)) / math.sqrt(8)
+    if terms:
+        c = decay.cumsum(-1)
+        logits = logits + c[..., :, None] - c[..., None, :] + bias.repeat_interleave(2, 1)[:, :, None]
     weights = logits.masked_fill((age < 0) | (age >= window), -math.inf).softmax(-1)
     expected = weights @ v.repeat_interleave(2, 1)
-    torch.testing.assert_close(window_attention(q, k, v, window, scale), expected)
+    torch.testing.assert_close(window_attention(q, k, v, decay, bias, window, scale), expected)
     last = min(3, T)  # the last queries, with the keys that they see
     keys = slice(max(0, T - last - window + 1), None)
-    torch.testing.assert_close(window_attention(q[:, :, -last:], k[:, :, keys], v[:, :, keys], window, scale), expected[:, :, -last:])
+    some = [x[:, :, keys] if terms else None for x in (decay, bias)]
+    torch.testing.assert_close(window_attention(q[:, :, -last:], k[:, :, keys], v[:, :, keys], *some, window, scale),
+                               expected[:, :, -last:])
 
 
 def test_dot_twin_forgets_as_tau_does():

@@ -1,0 +1,202 @@
+"""Does attention find what lies far back? Small models learn four tasks, and their accuracy is taken at each length.
+
+    python long_memory.py configs/shakespeare_char_tau.toml configs/shakespeare_char_dot.toml
+    python long_memory.py --figure=results/long_memory.png        of the results that are there, and their table
+
+copy       16 of the tokens are letters, the others blank; after the last the letters are to be said in their order
+recall     pairs of key and value; then some of the keys come again, and each is to be followed by its value
+needle     one marked letter among many others; after the mark comes again, that letter
+induction  random tokens; the last one stood once before, and what followed it then is to follow again
+
+(The tasks on which the paper's author timed the model, here learned.) A config gives the attention: its model settings but
+for the size, which is 2 layers of 4 heads, width 64, on a chain. Training draws fresh sequences of 16 to 128 tokens; the tests
+go to 512. A line of RESULTS for each task, config and seed; those that are there are left."""
+
+import json
+import math
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from build_laplacian import laplacian_of
+from common import Parser, UserError, check_place, commit, read_lines, replacing, run
+from model import ModelConfig, Tauformer
+
+LETTERS = 32  # tokens 0 .. 31
+BLANK, MARK = 32, 33
+SIZE = dict(block_size=512, vocab_size=34, n_layer=2, n_head=4, n_embd=64, softcap=0.0)
+LENGTHS = (16, 32, 64, 128, 256, 512)  # of a sequence; the last two are longer than any trained on
+TRAINED = 128
+
+
+def copy(draw, B, T):
+    n = min(16, T // 4)
+    letters = draw.integers(LETTERS, size=(B, n))
+    idx = np.full((B, T - n), BLANK)
+    places = np.sort(draw.permuted(np.tile(np.arange(T - n - 1), (B, 1)), axis=1)[:, :n], axis=1)
+    np.put_along_axis(idx, places, letters, 1)
+    idx[:, -1] = MARK
+    return np.concatenate([idx, letters], 1), np.arange(T - n, T)
+
+
+def recall(draw, B, T):
+    n = min(T // 4, LETTERS // 2)  # pairs, whose keys are the first half of the letters
+    keys = draw.permuted(np.tile(np.arange(LETTERS // 2), (B, 1)), axis=1)[:, :n]
+    values = draw.integers(LETTERS // 2, LETTERS, size=(B, n))
+    pairs = np.stack([keys, values], 2)
+    asked = np.take_along_axis(pairs, draw.permuted(np.tile(np.arange(n), (B, 1)), axis=1)[:, :min(n, 4), None], 1)
+    idx = np.concatenate([pairs.reshape(B, -1), np.full((B, T - 2 * n - 2 * asked.shape[1]), BLANK), asked.reshape(B, -1)], 1)
+    return idx, np.arange(T - 2 * asked.shape[1] + 1, T, 2)
+
+
+def needle(draw, B, T):
+    idx = draw.integers(LETTERS, size=(B, T))
+    place = draw.integers(T - 3, size=(B, 1))
+    np.put_along_axis(idx, place, MARK, 1)
+    idx[:, -2] = MARK
+    idx[:, -1:] = np.take_along_axis(idx, place + 1, 1)
+    return idx, np.array([T - 1])
+
+
+def induction(draw, B, T):
+    idx = draw.integers(LETTERS - 1, size=(B, T))
+    rare = draw.integers(LETTERS, size=(B, 1))  # the token that comes back, and nowhere else
+    idx += idx >= rare
+    place = draw.integers(T - 3, size=(B, 1))
+    np.put_along_axis(idx, place, rare, 1)
+    idx[:, -2:-1] = rare
+    idx[:, -1:] = np.take_along_axis(idx, place + 1, 1)
+    return idx, np.array([T - 1])
+
+
+TASKS = {task.__name__: task for task in (copy, recall, needle, induction)}
+
+
+def answers(model, task, draw, B, T):
+    """(logits (B, n, V), right tokens (B, n)) at the places of a batch that are to be foretold."""
+    idx, places = task(draw, B, T)
+    idx = torch.from_numpy(idx)
+    x = model(idx[:, :-1], head=False)[:, places - 1]
+    return model.head(x), idx[:, places]
+
+
+def learn(config, task, seed, steps, batch_size, learning_rate):
+    """The accuracies, {length: share}, of a model of `config` after its training."""
+    torch.manual_seed(seed)
+    draw = np.random.default_rng(seed)
+    D = config.head_size
+    chain = laplacian_of(np.diag(np.ones(D - 1), 1) + np.diag(np.ones(D - 1), -1))
+    model = Tauformer(config, torch.from_numpy(chain) if config.attention == "tau" else None)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, betas=(0.9, 0.99), fused=True)
+    for step in (progress := tqdm(range(steps), unit=" steps", dynamic_ncols=True, disable=None, leave=False)):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1, (step + 1) / 100) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+        logits, right = answers(model, task, draw, batch_size, int(draw.integers(16, TRAINED + 1)))
+        loss = F.cross_entropy(logits.flatten(0, 1), right.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 10 == 0:
+            progress.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+    model.eval()
+    accuracy = {}
+    with torch.no_grad():
+        for T in LENGTHS:
+            draw = np.random.default_rng([seed, T])
+            right = [(logits.argmax(-1) == right).float().mean().item()
+                     for logits, right in (answers(model, task, draw, 32, T) for _ in range(8))]
+            accuracy[T] = sum(right) / len(right)
+    return accuracy
+
+
+def attention_of(path):
+    """ModelConfig of a file of settings, but for the size."""
+    try:
+        settings = tomllib.loads(path.read_text())
+        names = {f.name for f in fields(ModelConfig)} - {"dropout", "n_kv_head", *SIZE}
+        return ModelConfig(**SIZE, **{name: value for name, value in settings.items() if name in names})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def table(records):
+    """Markdown: the mean accuracy of the seeds, and in brackets the least."""
+    groups = {}
+    for record in records:
+        groups.setdefault((record["task"], record["form"]), []).append(record["accuracy"])
+    lines = ["| task | attention | " + " | ".join(f"{T} tokens" for T in LENGTHS) + " | seeds |", "| " + "--- | " * (len(LENGTHS) + 3)]
+    for (task, form), runs in groups.items():
+        at = [[accuracy[str(T)] for accuracy in runs] for T in LENGTHS]
+        lines.append(f"| {task} | {form} | " + " | ".join(f"{sum(shares) / len(shares):.3f} ({min(shares):.3f})" for shares in at)
+                     + f" | {len(runs)} |")
+    return "\n".join(lines)
+
+
+def draw_accuracies(records, path):
+    """A panel for each task: the mean of the seeds against the length, and the range as a band."""
+    import matplotlib
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    tasks, forms = (list(dict.fromkeys(record[name] for record in records)) for name in ("task", "form"))
+    figure, axes = plt.subplots(1, len(tasks), figsize=(1 + 3.5 * len(tasks), 3.5), sharey=True, squeeze=False, layout="constrained")
+    for axis, task in zip(axes[0], tasks):
+        for number, form in enumerate(forms):
+            at = np.array([[record["accuracy"][str(T)] for T in LENGTHS] for record in records if (record["task"], record["form"]) == (task, form)])
+            if len(at):
+                axis.plot(LENGTHS, at.mean(0), marker=".", color=f"C{number}", label=form)
+                axis.fill_between(LENGTHS, at.min(0), at.max(0), color=f"C{number}", alpha=0.2)
+        axis.axvline(TRAINED, color="grey", linestyle=":")
+        axis.set(title=task, xlabel="tokens", xscale="log", xticks=LENGTHS, xticklabels=LENGTHS)
+        axis.minorticks_off()
+    axes[0, 0].set(ylabel="accuracy")
+    axes[0, 0].legend(fontsize="small")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def main():
+    options = Parser(__doc__)
+    options.add_argument("configs", nargs="*", type=Path, metavar="CONFIG.toml")
+    options.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    options.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="SEED")
+    options.add_argument("--steps", type=int, default=2000)
+    options.add_argument("--batch_size", type=int, default=32)
+    options.add_argument("--learning_rate", type=float, default=3e-3)
+    options.add_argument("--results", type=Path, default=Path("results/long_memory.jsonl"), metavar="RESULTS.jsonl")
+    options.add_argument("--figure", type=Path, metavar="FILE.png", help="draw them")
+    options.add_argument("--overwrite", action="store_true", help="replace a figure that is there already")
+    args = options.parse_args()
+    if min(args.steps, args.batch_size, *(seed + 1 for seed in args.seeds)) < 1 or not args.learning_rate > 0:
+        raise UserError("--steps, --batch_size and --learning_rate must be positive, and no seed negative")
+    if args.figure:
+        check_place(args.figure, ".png", args.overwrite)
+    forms = {path.stem: attention_of(path) for path in args.configs}
+    read = lambda: [record for _, record in read_lines(args.results, "task", "form", "seed", "accuracy")] if args.results.exists() else []
+    there = {(record["task"], record["form"], record["seed"]) for record in read()}
+    for seed in args.seeds:
+        for task in args.tasks:
+            for form, config in forms.items():
+                if (task, form, seed) in there:
+                    continue
+                accuracy = learn(config, TASKS[task], seed, args.steps, args.batch_size, args.learning_rate)
+                line = {"task": task, "form": form, "seed": seed, "accuracy": accuracy, "steps": args.steps, "batch_size": args.batch_size,
+                        "learning_rate": args.learning_rate, "commit": commit()}
+                print(f"{task}, {form}, seed {seed}: " + ", ".join(f"{share:.3f} at {T}" for T, share in accuracy.items()), flush=True)
+                with open(args.results, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+    records = read()
+    if not records:
+        raise UserError(f"no results in {args.results}: give configs to train")
+    print(table(records))
+    if args.figure:
+        draw_accuracies(records, args.figure)
+
+
+if __name__ == "__main__":
+    run(main)

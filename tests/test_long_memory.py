@@ -1,0 +1,41 @@
+"""The synthetic tasks: each answer stands in the text before it, and the script leaves a line a run."""
+
+import json
+
+import numpy as np
+import pytest
+
+from conftest import ROOT, fails, ok
+from long_memory import BLANK, LENGTHS, LETTERS, MARK, TASKS
+
+
+@pytest.mark.parametrize("T", [16, 17, 100, LENGTHS[-1]])
+def test_answers_follow_from_what_came_before(T):
+    draw = np.random.default_rng(0)
+    for name, task in TASKS.items():
+        rows, places = task(draw, 20, T)
+        assert rows.shape == (20, T) and rows.min() >= 0 and rows.max() <= MARK
+        for row in rows.tolist():
+            if name == "copy":
+                assert row[places[0] - 1] == MARK and [x for x in row[:places[0] - 1] if x != BLANK] == [row[t] for t in places]
+            for t in places if name == "recall" else ():
+                assert [row[s + 1] for s in range(0, places[0] - 2, 2) if row[s] == row[t - 1]] == [row[t]]
+            if name in ("needle", "induction"):
+                t, = places
+                assert [row[s + 1] for s in range(t - 1) if row[s] == row[t - 1]] == [row[t]] and row[t] < LETTERS
+
+
+def test_lines_table_and_figure(tmp_path):
+    configs = [ROOT / "configs" / f"shakespeare_char_{name}.toml" for name in ("tau", "dot")]
+    command = ["long_memory.py", *configs, "--steps=3", "--batch_size=2", "--tasks", "recall", "needle", "--results=r.jsonl"]
+    first = ok(*command, "--seeds", "1", "--figure=f.png", cwd=tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert [(line["task"], line["form"]) for line in lines] == [(task, f"shakespeare_char_{name}") for task in ("recall", "needle")
+                                                               for name in ("tau", "dot")]
+    assert all(0 <= share <= 1 for line in lines for share in line["accuracy"].values()) and first.count("seed 1:") == 4
+    assert (tmp_path / "f.png").stat().st_size > 5000
+    assert ok(*command, "--seeds", "1", "2", cwd=tmp_path).count("seed") == 4 + 1  # the heading
+    assert ok("long_memory.py", "--results=r.jsonl", cwd=tmp_path).count("\n| ") == 5
+    (tmp_path / "bad.toml").write_text("n_head = [")
+    assert "bad.toml" in fails("long_memory.py", "bad.toml", cwd=tmp_path)
+    assert "no results" in fails("long_memory.py", cwd=tmp_path)
