@@ -30,20 +30,16 @@ class Cache:
         self.kept, self.last = {}, {}
 
     def nbytes(self):
-        return sum(x.numel() * x.element_size() for x in [*self.kept.values(), *self.last.values()])
-
-    def buffer(self, layer, name, like, shape, dtype=None):
-        """The tensor of this name, of zeros where it is new."""
-        if (layer, name) not in self.kept:
-            self.kept[layer, name] = like.new_zeros(shape, dtype=dtype)
-        return self.kept[layer, name]
+        return sum(x.nbytes for x in [*self.kept.values(), *self.last.values()])
 
     def extend(self, layer, **new):
         """Write what belongs to new tokens, each (B, heads, T, ...) or None; returns the same of all tokens so far."""
         whole = []
         for name, x in new.items():
             if x is not None:
-                kept = self.buffer(layer, name, x, (*x.shape[:2], self.size, *x.shape[3:]))
+                if (layer, name) not in self.kept:
+                    self.kept[layer, name] = x.new_zeros(*x.shape[:2], self.size, *x.shape[3:])
+                kept = self.kept[layer, name]
                 end = self.length + x.size(2)
                 kept[:, :, self.length:end] = x
                 x = kept[:, :, :end]
@@ -77,58 +73,62 @@ class ExactCache(Cache):
     def __init__(self, config, length=0):
         super().__init__(config, length)
         self.size = -(-self.size // SEGMENT) * SEGMENT
+        self.layers = {}
         decode()
+
+    def nbytes(self):
+        return super().nbytes() + sum(x.nbytes for kept in self.layers.values() for x in kept)
 
     def attend(self, layer, operator):
         def attend(lambda_q, lambda_k, v, temperature, log_decay, key_bias):
-            B, H, T = lambda_q.shape
-            Hkv, D, start, N = v.size(1), v.size(3), self.length, self.size
-            buffer = lambda name, *shape, dtype=torch.float32: self.buffer(layer, name, v, (B, *shape), dtype)
-            lambdas, values, weight = buffer("lambda", Hkv, N), buffer("values", Hkv, N, D), buffer("weight", H, N)
-            sums = buffer("sums", H, N // BLOCK, 2, D + 1)
-            scales = buffer("scales", H, N // BLOCK, 2, dtype=torch.float64)
-            ends = buffer("decay", H, 1 + N // SEGMENT, dtype=torch.float64)  # running sum of log decays at each segment's end
-            now = buffer("decay now", H, 1, dtype=torch.float64)
-            temperature = torch.as_tensor(temperature, dtype=torch.float64).expand(H).contiguous()
-            decay = now.expand(B, H, T) if log_decay is None else now + log_decay.double().cumsum(-1)  # (B, H, T)
-            bias = 0 if key_bias is None else key_bias.repeat_interleave(H // Hkv, 1)
-            if log_decay is not None:
-                now.copy_(decay[..., -1:])
-            lambdas[:, :, start:start + T], values[:, :, start:start + T] = lambda_k, v
-
-            def seal(begin, end):
-                decode().seal(lambdas, weight, values, sums, scales, temperature, begin, end)
-
-            if start == 0:
-                for end in range(SEGMENT, T + 1, SEGMENT):
-                    ends[:, :, end // SEGMENT] = decay[:, :, end - 1]
-                for begin, end in [*segments(T // SEGMENT * SEGMENT), (T // SEGMENT * SEGMENT, T)]:
-                    # tokens after the last segment count from its end
-                    at = ends[:, :, (end if end % SEGMENT == 0 else begin) // SEGMENT, None]
-                    weight[:, :, begin:end] = at - decay[:, :, begin:end]
-                weight[:, :, :T] += bias
-                y = operator(lambda_q, lambda_k, v, temperature, log_decay, key_bias)
-                for begin, end in segments(T // SEGMENT * SEGMENT):
-                    seal(begin, end)
-                return y
-            y = []
-            for t in range(T):
-                length = start + t + 1
-                sealed = (length - 1) // SEGMENT * SEGMENT
-                now_t = decay[:, :, t]
-                weight[:, :, length - 1] = ends[:, :, sealed // SEGMENT] - now_t + (bias[:, :, t] if key_bias is not None else 0)
-                y.append(decode().attend(lambda_q[:, :, t].contiguous(), lambdas, weight, values, sums, scales, temperature, ends,
-                                         now_t.contiguous(), sealed, length))
-                if length % SEGMENT == 0:
-                    ends[:, :, length // SEGMENT] = now_t
-                    begin = segments(length)[-1][0]
-                    for old, end in [*segments(sealed), (sealed, length)]:
-                        if old >= begin:
-                            before = ends[:, :, (end if end <= sealed else sealed) // SEGMENT, None]
-                            weight[:, :, old:end] += now_t[..., None] - before
-                    seal(begin, length)
-            return torch.stack(y, 2)
+            if layer not in self.layers:
+                self.layers[layer] = self.allocated(v, lambda_q.size(1), temperature)
+            if self.length == 0:
+                self.fill(self.layers[layer], lambda_k, v, log_decay, key_bias)
+                return operator(lambda_q, lambda_k, v, temperature, log_decay, key_bias)
+            return torch.cat([self.step(self.layers[layer], self.length + t, *(
+                x if x is None else x[:, :, t:t + 1].contiguous() for x in (lambda_q, lambda_k, v, log_decay, key_bias)))
+                for t in range(v.size(2))], 2)
         return attend
+
+    def allocated(self, v, H, temperature):
+        """(lambdas, weight, values, sums, scales, temperature, ends, now) of a layer, as decode.cpp has them."""
+        (B, Hkv, _, D), N = v.shape, self.size
+        single, double = (functools.partial(torch.zeros, dtype=dtype) for dtype in (torch.float32, torch.float64))
+        return (single(B, Hkv, N), single(B, H, N), single(B, Hkv, N, D), single(B, H, N // BLOCK, 2, D + 1), double(B, H, N // BLOCK, 2),
+                torch.as_tensor(temperature, dtype=torch.float64).expand(H).contiguous(), double(B, H, 1 + N // SEGMENT), double(B, H))
+
+    def fill(self, kept, lambda_k, v, log_decay, key_bias):
+        """Take up the first tokens, all at once."""
+        lambdas, weight, values, sums, scales, temperature, ends, now = kept
+        T = v.size(2)
+        lambdas[:, :, :T], values[:, :, :T] = lambda_k, v
+        sealed = T // SEGMENT * SEGMENT
+        if log_decay is not None:
+            c = log_decay.double().cumsum(-1)
+            ends[:, :, 1:1 + T // SEGMENT] = c[:, :, SEGMENT - 1::SEGMENT]
+            now.copy_(c[:, :, -1])
+            for begin, end in [*segments(sealed), (sealed, T)]:
+                weight[:, :, begin:end] = ends[:, :, min(end, sealed) // SEGMENT, None] - c[:, :, begin:end]
+        if key_bias is not None:
+            weight[:, :, :T] += key_bias.repeat_interleave(weight.size(1) // v.size(1), 1)
+        for begin, end in segments(sealed):
+            decode().seal(lambdas, weight, values, sums, scales, temperature, begin, end)
+
+    def step(self, kept, length, *token):
+        """Take up one token, the one after `length` others, and attend."""
+        lambdas, weight, values, sums, scales, temperature, ends, now = kept
+        y = decode().attend(*token, *kept, length)
+        if (length + 1) % SEGMENT == 0:  # it completes a segment, which takes in all those shorter than itself
+            sealed, end = length // SEGMENT * SEGMENT, length + 1
+            ends[:, :, end // SEGMENT] = now
+            begin = segments(end)[-1][0]
+            for old, stop in [*segments(sealed), (sealed, sealed)]:
+                if old >= begin:
+                    to = stop if old < sealed else end
+                    weight[:, :, old:to] += (now - ends[:, :, stop // SEGMENT])[..., None]
+            decode().seal(lambdas, weight, values, sums, scales, temperature, begin, end)
+        return y
 
 
 def segments(length):

@@ -23,12 +23,15 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <optional>
 #include <vector>
 
 namespace {
 
 constexpr int64_t SEGMENT = 128, BLOCK = 16;
 constexpr double NOTHING = -1e300;
+
+using Maybe = std::optional<at::Tensor>;
 
 // A sum of weighted rows v' (D + 1 numbers), times exp(scale).
 struct Sum {
@@ -109,42 +112,52 @@ void seal(at::Tensor lambda_k, at::Tensor weight, at::Tensor v, at::Tensor sums,
   });
 }
 
-// lambda_q (B, H), and the cache as above, of which the rows before `sealed` are in segments and those before `length` count;
-// decay (B, H, 1 + N / SEGMENT) float64: the running sum of log decays at each multiple of SEGMENT tokens; decay_q (B, H) float64
-// at the query. -> out (B, H, D)
-at::Tensor attend(const at::Tensor& lambda_q, const at::Tensor& lambda_k, const at::Tensor& weight, const at::Tensor& v,
-                  const at::Tensor& sums, const at::Tensor& scales, const at::Tensor& temperature, const at::Tensor& decay,
-                  const at::Tensor& decay_q, int64_t sealed, int64_t length) {
-  const int64_t B = v.size(0), Hkv = v.size(1), H = weight.size(1), D = v.size(3);
-  auto out = at::empty({B, H, D}, v.options());
-  at::parallel_for(0, B * H, 1, [&](int64_t first, int64_t last) {
+// The next token, number `length`: lambda_q (B, H, 1), lambda_k (B, Hkv, 1), v (B, Hkv, 1, D), log_decay (B, H, 1) and bias
+// (B, Hkv, 1) if there are any. The cache as above takes it up; its rows before length / SEGMENT * SEGMENT are in segments. ends
+// (B, H, 1 + N / SEGMENT) float64 is the running sum of log decays at each multiple of SEGMENT tokens, now (B, H) float64 at the
+// last token. -> out (B, H, 1, D)
+at::Tensor attend(const at::Tensor& lambda_q, const at::Tensor& lambda_k, const at::Tensor& v, const Maybe& log_decay, const Maybe& bias,
+                  at::Tensor lambdas, at::Tensor weight, at::Tensor values, at::Tensor sums, at::Tensor scales,
+                  const at::Tensor& temperature, const at::Tensor& ends, at::Tensor now, int64_t length) {
+  const int64_t B = v.size(0), Hkv = v.size(1), H = weight.size(1), D = v.size(3), heads = H / Hkv, sealed = length / SEGMENT * SEGMENT;
+  auto out = at::empty({B, H, 1, D}, v.options());
+  at::parallel_for(0, B * Hkv, 1, [&](int64_t first, int64_t last) {
     std::vector<float> row(D + 1);
-    for (int64_t head = first; head < last; head++) {
-      const int64_t b = head / H, h = head % H, k = h / (H / Hkv);
-      const float *lambda = of<float>(lambda_k, b, k), *w = of<float>(weight, b, h), *values = of<float>(v, b, k);
-      const double a = lambda_q.const_data_ptr<float>()[head], sharpness = 1 / temperature.const_data_ptr<double>()[h];
-      const double *ends = of<double>(decay, b, h), at_query = decay_q.const_data_ptr<double>()[head];
-      std::fill(row.begin(), row.end(), 0);
-      Sum sum{row.data(), D};
-      auto rows = [&](int64_t begin, int64_t end, double ahead) {
-        for (int64_t j = begin; j < end; j++) sum.add(values + j * D, ahead + w[j] - std::abs(a - lambda[j]) * sharpness);
-      };
-      for (int64_t start = 0; start < sealed;) {
-        int64_t size = SEGMENT;  // the greatest power of two of them that fits
-        while (start + 2 * size <= sealed) size *= 2;
-        const int64_t stop = start + size, rank = std::upper_bound(lambda + start, lambda + stop, (float)a) - lambda;
-        const int64_t begin = std::min(rank / BLOCK * BLOCK, stop - BLOCK), block = begin / BLOCK;
-        const double ahead = at_query - ends[stop / SEGMENT];
-        const float* block_sums = of<float>(sums, b, h) + 2 * block * (D + 1);
-        const double* block_scales = of<double>(scales, b, h) + 2 * block;
-        if (begin > start) sum.add_sum(block_sums, ahead + block_scales[0] - (a - lambda[begin - 1]) * sharpness);
-        if (begin + BLOCK < stop) sum.add_sum(block_sums + D + 1, ahead + block_scales[1] - (lambda[begin + BLOCK] - a) * sharpness);
-        rows(begin, begin + BLOCK, ahead);
-        start = stop;
+    for (int64_t group = first; group < last; group++) {
+      const int64_t b = group / Hkv, k = group % Hkv;
+      float *lambda = of<float>(lambdas, b, k), *value = of<float>(values, b, k);
+      lambda[length] = lambda_k.const_data_ptr<float>()[group];
+      std::copy_n(v.const_data_ptr<float>() + group * D, D, value + length * D);
+      for (int64_t h = k * heads; h < (k + 1) * heads; h++) {
+        const int64_t head = b * H + h;
+        const double a = lambda_q.const_data_ptr<float>()[head], sharpness = 1 / temperature.const_data_ptr<double>()[h];
+        const double* end = of<double>(ends, b, h);
+        double& here = now.data_ptr<double>()[head];
+        if (log_decay) here += log_decay->const_data_ptr<float>()[head];
+        float* w = of<float>(weight, b, h);
+        w[length] = end[sealed / SEGMENT] - here + (bias ? bias->const_data_ptr<float>()[group] : 0);
+        std::fill(row.begin(), row.end(), 0);
+        Sum sum{row.data(), D};
+        auto rows = [&](int64_t begin, int64_t stop, double ahead) {
+          for (int64_t j = begin; j < stop; j++) sum.add(value + j * D, ahead + w[j] - std::abs(a - lambda[j]) * sharpness);
+        };
+        for (int64_t start = 0; start < sealed;) {
+          int64_t size = SEGMENT;  // the greatest power of two of them that fits
+          while (start + 2 * size <= sealed) size *= 2;
+          const int64_t stop = start + size, rank = std::upper_bound(lambda + start, lambda + stop, (float)a) - lambda;
+          const int64_t begin = std::min(rank / BLOCK * BLOCK, stop - BLOCK), block = begin / BLOCK;
+          const double ahead = here - end[stop / SEGMENT];
+          const float* block_sums = of<float>(sums, b, h) + 2 * block * (D + 1);
+          const double* block_scales = of<double>(scales, b, h) + 2 * block;
+          if (begin > start) sum.add_sum(block_sums, ahead + block_scales[0] - (a - lambda[begin - 1]) * sharpness);
+          if (begin + BLOCK < stop) sum.add_sum(block_sums + D + 1, ahead + block_scales[1] - (lambda[begin + BLOCK] - a) * sharpness);
+          rows(begin, begin + BLOCK, ahead);
+          start = stop;
+        }
+        rows(sealed, length + 1, here - end[sealed / SEGMENT]);
+        float* to = out.data_ptr<float>() + head * D;
+        for (int64_t d = 0; d < D; d++) to[d] = row[d] / row[D];
       }
-      rows(sealed, length, at_query - ends[sealed / SEGMENT]);
-      float* to = out.data_ptr<float>() + head * D;
-      for (int64_t d = 0; d < D; d++) to[d] = row[d] / row[D];
     }
   });
   return out;
@@ -221,8 +234,9 @@ at::Tensor stream(const at::Tensor& lambda_q, const at::Tensor& lambda_k, const 
 TORCH_LIBRARY(tauformer_decode, library) {
   library.def("seal(Tensor(a!) lambda_k, Tensor(b!) weight, Tensor(c!) v, Tensor(d!) sums, Tensor(e!) scales, Tensor temperature, "
               "int start, int stop) -> ()", &seal);
-  library.def("attend(Tensor lambda_q, Tensor lambda_k, Tensor weight, Tensor v, Tensor sums, Tensor scales, Tensor temperature, "
-              "Tensor decay, Tensor decay_q, int sealed, int length) -> Tensor", &attend);
+  library.def("attend(Tensor lambda_q, Tensor lambda_k, Tensor v, Tensor? log_decay, Tensor? bias, Tensor(a!) lambdas, "
+              "Tensor(b!) weight, Tensor(c!) values, Tensor sums, Tensor scales, Tensor temperature, Tensor ends, Tensor(d!) now, "
+              "int length) -> Tensor", &attend);
   library.def("stream(Tensor lambda_q, Tensor lambda_k, Tensor v, Tensor log_decay, Tensor bias, Tensor temperature, Tensor first, "
               "Tensor(a!) state, Tensor(b!) scale) -> Tensor", &stream);
 }

@@ -216,11 +216,11 @@ class Attention(nn.Module):
     def energies(self, q, k, laplacian):
         """(B, T, H) of queries and (B, T, Hkv) of keys."""
         group = q.size(2) // k.size(2)
+        of_query = lambda x: x if group == 1 else x.repeat_interleave(group, 0)
         if not self.config.spectral_filter:
-            return energy(q, laplacian.repeat_interleave(group, 0)), energy(k, laplacian)
+            return energy(q, of_query(laplacian)), energy(k, laplacian)
         log_filter = self.log_filter.view(len(laplacian), -1)
-        return (filtered_energy(q, laplacian.repeat_interleave(group, 0), log_filter.repeat_interleave(group, 0)),
-                filtered_energy(k, laplacian, log_filter))
+        return filtered_energy(q, of_query(laplacian), of_query(log_filter)), filtered_energy(k, laplacian, log_filter)
 
     def local(self, q, k, v, sharpness, log_decay, key_bias, cache):
         """The local heads' (B, H, T, D), of what tau_attention takes."""
