@@ -214,13 +214,16 @@ class Attention(nn.Module):
         return norm(q), norm(k), v.transpose(1, 2)
 
     def energies(self, q, k, laplacian):
-        """(B, T, H) of queries and (B, T, Hkv) of keys."""
-        group = q.size(2) // k.size(2)
-        of_query = lambda x: x if group == 1 else x.repeat_interleave(group, 0)
+        """(B, T, H + Hkv) of queries and keys."""
         if not self.config.spectral_filter:
-            return energy(q, of_query(laplacian)), energy(k, laplacian)
+            return energy(torch.cat([q, k], 2), self.of_both(laplacian))
         log_filter = self.log_filter.view(len(laplacian), -1)
-        return filtered_energy(q, of_query(laplacian), of_query(log_filter)), filtered_energy(k, laplacian, log_filter)
+        return filtered_energy(torch.cat([q, k], 2), self.of_both(laplacian), self.of_both(log_filter))
+
+    def of_both(self, x):
+        """What x (Hkv, ...) has of key heads, of the query heads that read them and then of the key heads."""
+        group = self.config.n_head // self.config.n_kv_head
+        return torch.cat([x if group == 1 else x.repeat_interleave(group, 0), x])
 
     def local(self, q, k, v, sharpness, log_decay, key_bias, cache):
         """The local heads' (B, H, T, D), of what tau_attention takes."""
@@ -247,13 +250,11 @@ class Attention(nn.Module):
             (near_decay, log_decay), (near_bias, key_bias) = cut(log_decay, n), cut(key_bias, m)
             near = self.local(q_near.transpose(1, 2), k_near.transpose(1, 2), v_near, near_sharpness, near_decay, near_bias, cache)
         if config.attention == "tau":
-            E_q, E_k = self.energies(q, k, laplacian)
-            tau = self.log_tau.exp()  # (Hkv,)
-            queries = bounded(E_q, tau.repeat_interleave(E_q.size(-1) // E_k.size(-1))).transpose(1, 2)  # (B, H, T)
-            keys = bounded(E_k, tau).transpose(1, 2)  # (B, Hkv, T)
+            E, heads = self.energies(q, k, laplacian), (q.size(2), k.size(2))
+            queries, keys = bounded(E, self.of_both(self.log_tau.exp())).transpose(1, 2).split(heads, 1)  # (B, H, T), (B, Hkv, T)
             operator, scale = tau_attention, config.temperature / sharpness
             if self.seen is not None:
-                self.seen.append((E_q.detach(), E_k.detach(), scale, log_decay, key_bias))
+                self.seen.append((*E.detach().split(heads, -1), scale, log_decay, key_bias))
         else:
             queries, keys = q.transpose(1, 2), k.transpose(1, 2)  # (B, H, T, D), (B, Hkv, T, D)
             operator, scale = dot_attention, DOT_SCALE * sharpness
