@@ -1,7 +1,8 @@
-"""Measure: the attention operator, a whole training step, whether training curves agree, and the build of a Laplacian.
+"""Measure: the attention operator, a whole training step, decoding, whether training curves agree, and the build of a Laplacian.
 
     python bench.py attention                     # against flash SDPA, 256 to 65,536 tokens
     python bench.py train_step --nanogpt=DIR      # the 30M model, and nanoGPT's from a checkout of it
+    python bench.py decode                        # the 30M model, a token after 128 to 131,072 others
     python bench.py curves                        # 200 steps of the quick start, by every implementation
     python bench.py laplacian                     # the build of a Laplacian, 2,000 to 320,272 rows
 
@@ -30,6 +31,7 @@ import model as model_file
 import taumode
 from attention import tau_attention
 from build_laplacian import NpyEmbeddings, laplacian_of, load_laplacian, random_distances
+from cache import Cache, ExactCache, StreamCache
 from common import Parser, UserError, commit, peak_rss_mb, replacing, run
 from config import Settings
 from data.corpus import Corpus
@@ -197,10 +199,83 @@ CURVES = [("naive", "float32", False), ("naive", "float32", True), ("walk", "flo
           ("naive", "float64", False), ("walk", "float64", False), ("tree", "float64", False)]
 
 
+def filled(model, cache, n):
+    """The cache after n tokens whose keys and values are random: that of real ones would take hours to make for dot."""
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    numbers = lambda *shape: torch.randn(1, config.n_head, n, *shape, generator=generator)
+    for layer in range(config.n_layer):
+        keys = numbers(config.head_size) if config.attention == "dot" else numbers().sigmoid()
+        values = numbers(config.head_size)
+        cache.attend(layer, lambda *inputs: inputs[2])(keys, keys, values, config.temperature, None, None)
+    cache.length = n
+    return cache
+
+
+def bench_decode(args):
+    """One token at a time from each kind of cache in turn: after 1 to 1,024 tokens of its own, the paper's table, and after long
+    contexts. Weights are random."""
+    laplacian = torch.from_numpy(laplacian_of(np.ones((HEAD_SIZE, HEAD_SIZE)) - np.eye(HEAD_SIZE))) / HEAD_SIZE
+    models = {attention: Tauformer(ModelConfig(block_size=2**18, vocab_size=VOCABULARY, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH,
+                                               attention=attention), laplacian if attention == "tau" else None).eval()
+              for attention in ("tau", "dot")}
+    kinds = {"dot, (K, V)": ("dot", Cache), "tau, dense": ("tau", Cache), "tau, exact": ("tau", ExactCache),
+             "tau, stream": ("tau", lambda config, length: StreamCache(config))}
+    token = torch.zeros(1, 1, dtype=torch.long)
+
+    def measured(before, tokens):
+        """{kind: (seconds of each of so many tokens, bytes of the cache at the end)} after so many tokens before."""
+        caches = {kind: filled(models[attention], make(models[attention].config, before + tokens), before)
+                  for kind, (attention, make) in kinds.items()}
+        times = {kind: [] for kind in kinds}
+        for _ in tqdm(range(tokens), desc=f"after {before:,}", disable=None):
+            for kind, cache in caches.items():
+                start = time.perf_counter()
+                models[kinds[kind][0]](token, cache=cache)
+                times[kind].append(time.perf_counter() - start)
+        return {kind: (times[kind], cache.nbytes()) for kind, cache in caches.items()}
+
+    rows = []
+    with torch.no_grad():
+        for repeat in range(args.repeats):
+            own = measured(0, 1024)
+            for n in (128, 256, 512, 1024):
+                for kind, (times, size) in own.items():
+                    rows.append({"table": "own tokens", "kind": kind, "context": n, "seconds": times[:n], "cache_mb": size / 1e6})
+            for n in (2**10, 2**12, 2**14, 2**16, 2**17):
+                if n <= args.longest:
+                    for kind, (times, size) in measured(n, 40).items():
+                        rows.append({"table": "long context", "kind": kind, "context": n, "seconds": times[8:], "cache_mb": size / 1e6})
+    results = []
+    for table, kind, n in dict.fromkeys((row["table"], row["kind"], row["context"]) for row in rows):
+        runs = [row for row in rows if (row["table"], row["kind"], row["context"]) == (table, kind, n)]
+        ms = 1e3 * np.array([row["seconds"] for row in runs])
+        results.append({"table": table, "kind": kind, "context": n, "p50_ms": float(np.median(ms)), "p95_ms": float(np.percentile(ms, 95)),
+                        "mean_ms": float(np.median(ms.mean(1))), "cache_mb": runs[0]["cache_mb"], "runs": len(runs)})
+    dot = {(row["table"], row["context"]): row for row in results if row["kind"].startswith("dot")}
+    for row in results:
+        row["times_as_fast_as_dot"] = dot[row["table"], row["context"]]["p50_ms"] / row["p50_ms"]
+    write("decode", results, args)
+    draw_decode([row for row in results if row["table"] == "long context"])
+
+
+def draw_decode(rows):
+    import matplotlib
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
+    for axis, key, label in zip(axes, ("p50_ms", "cache_mb"), ("ms a token, median", "cache, MB")):
+        for kind in dict.fromkeys(row["kind"] for row in rows):
+            axis.loglog(*zip(*((row["context"], row[key]) for row in rows if row["kind"] == kind)), marker=".", label=kind)
+        axis.set(xlabel="tokens of context", title=label)
+        axis.legend(fontsize="small")
+    with replacing(RESULTS / "decode.png") as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
 def bench_curves(args):
     """How far the training losses of 200 steps of the quick start are from those of the dense reference, and, for scale,
     how far those are when one weight matrix starts one rounding error, 1e-7, away."""
-    settings = Settings(**tomllib.loads((Path(__file__).parent / "configs" / "quickstart.toml").read_text()))
+    settings = Settings(**tomllib.loads((Path(__file__).parent / "configs" / "quickstart_published.toml").read_text()))
     settings.laplacian = f"{settings.data_dir}/laplacian.parquet"
     corpus, laplacian, curves, rows = Corpus(settings.data_dir), domain_laplacian(settings), {}, []
     names = ("n_layer", "n_head", "n_embd", "block_size", "softcap", "temperature")
@@ -318,18 +393,18 @@ def write(name, rows, args):
 
 def main():
     options = Parser(__doc__)
-    options.add_argument("what", choices=("attention", "train_step", "curves", "laplacian"))
+    options.add_argument("what", choices=("attention", "train_step", "decode", "curves", "laplacian"))
     options.add_argument("--nanogpt", metavar="DIR", help="train_step: a checkout of nanoGPT to measure too")
     options.add_argument("--embeddings", metavar="FILE.npy", help="laplacian: rows to repeat (default: random ones)")
     options.add_argument("--compile", action="store_true", help="train_step: torch.compile every model")
-    options.add_argument("--longest", type=int, default=65536, help="tokens (default: %(default)s)")
+    options.add_argument("--longest", type=int, default=131072, help="tokens; attention: 65,536 at most (default: %(default)s)")
     options.add_argument("--repeats", type=int, default=5, help="runs, of which the median (default: %(default)s)")
     options.add_argument("--steps", type=int, default=3, help="train_step: steps of a run (default: %(default)s)")
     args = options.parse_args()
     for name, least in (("longest", 1024), ("repeats", 1), ("steps", 1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name}={getattr(args, name)} must be at least {least}")
-    {"attention": bench_attention, "train_step": bench_train_step, "curves": bench_curves,
+    {"attention": bench_attention, "train_step": bench_train_step, "decode": bench_decode, "curves": bench_curves,
      "laplacian": bench_laplacian}[args.what](args)
 
 

@@ -69,7 +69,7 @@ def read(name):
     return data.decode("utf-8", "replace")
 
 
-def samples(args, model, tokenizer, prompts, cache=None, show=None, total=None):
+def samples(args, model, tokenizer, prompts, cache=None, show=None):
     """The texts, num_samples of each prompt; `show` gets each piece of the first one's text as it comes."""
     texts = [Text(tokenizer, args.stop) for _ in prompts for _ in range(args.num_samples)]
     pieces = [[] for _ in texts]

@@ -23,7 +23,7 @@ graphs() {  # those of a corpus of 128 features
     [ -f "$1/laplacian.parquet" ] || show python build_laplacian.py "$1/embeddings.npy" --out="$1/laplacian.parquet"
     [ -f "$1/random.parquet" ] || show python build_laplacian.py "$1/embeddings.npy" --graph=random --out="$1/random.parquet"
 }
-train() { show python train.py configs/quickstart.toml --init_from=auto --results=results/domain.jsonl "$@"; }
+train() { show python train.py configs/quickstart_published.toml --init_from=auto --results=results/domain.jsonl "$@"; }
 
 python_docs=data/python_docs other=data/other_domain tuned=data/other_domain_tuned
 [ -f $python_docs/meta.json ] || show python data/python_docs/prepare.py --vocab_size=2048 --val_fraction=0.05
@@ -56,7 +56,7 @@ for seed in $seeds; do
         for graph in $python_docs/laplacian $other/laplacian $data/random data/chain; do
             line="{\"run\": \"$trained\", \"seed\": $seed, \"laplacian\": \"$graph\""
             grep -qsF "$line" results/domain_swaps.jsonl && continue
-            losses=($(python train.py configs/quickstart.toml --data_dir=$data --init_from=$trained --eval_only=True \
+            losses=($(python train.py configs/quickstart_published.toml --data_dir=$data --init_from=$trained --eval_only=True \
                 --laplacian=$graph.parquet --seed=$seed | tee /dev/stderr | sed -n 's/^validation loss \([0-9.]*\),.*/\1/p'))
             echo "$line, \"tau_kept\": ${losses[0]}, \"tau_measured\": ${losses[1]}}" >> results/domain_swaps.jsonl
         done

@@ -4,7 +4,7 @@
 . "$(dirname "$0")/setup.sh"
 
 for mode in fixed mean percentile adaptive gradient learned; do
-    for config in quickstart shakespeare_char_tau; do
+    for config in quickstart_published shakespeare_char_tau; do
         for seed in 1 2 3; do
             show python train.py configs/$config.toml --tau_mode=$mode --seed=$seed --init_from=auto \
                 --out_dir=out/tau_modes/$config/$mode/$seed --results=results/tau_modes.jsonl
@@ -12,4 +12,4 @@ for mode in fixed mean percentile adaptive gradient learned; do
     done
 done
 show python study.py results/tau_modes.jsonl
-show python plot.py out/tau_modes/quickstart/fixed/1 --bands --out=results/bands.png --overwrite
+show python plot.py out/tau_modes/quickstart_published/fixed/1 --bands --out=results/bands.png --overwrite
