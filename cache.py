@@ -123,10 +123,9 @@ class ExactCache(Cache):
             sealed, end = length // SEGMENT * SEGMENT, length + 1
             ends[:, :, end // SEGMENT] = now
             begin = segments(end)[-1][0]
-            for old, stop in [*segments(sealed), (sealed, sealed)]:
-                if old >= begin:
-                    to = stop if old < sealed else end
-                    weight[:, :, old:to] += (now - ends[:, :, stop // SEGMENT])[..., None]
+            shorter = [(start, stop, stop) for start, stop in segments(sealed) if start >= begin]
+            for start, stop, counted_from in [*shorter, (sealed, end, sealed)]:
+                weight[:, :, start:stop] += (now - ends[:, :, counted_from // SEGMENT])[..., None]
             decode().seal(lambdas, weight, values, sums, scales, temperature, begin, end)
         return y
 
@@ -146,8 +145,8 @@ class StreamCache(Cache):
     """Of tau on the CPU in float32, without an end: memory and time of a token do not depend on the tokens before it.
 
     [0, 1) is cut into bins, BINS for each unit of a head's temperature, as long as all layers' states take STATE_BYTES at most
-    for a batch of one; beyond it the heads with the most bins get fewer, and `width`, the greatest h, says so. Keys in other bins than the
-    query's count exactly. In its own bin, of width h = 1 / (bins temperature) in units of the logit, each key's weight is wrong
+    for a batch of one; beyond it the heads with the most bins get fewer, and `width`, the greatest h, says so. Keys in other
+    bins than the query's count exactly. In its own bin, of width h = 1 / (bins temperature) in units of the logit, each key's weight is wrong
     by a factor between 1 - h/2 and 1 + h/2, to first order in h. A head's output is thus off by at most
     h share max|v - out|, share being the weight that the query's own bin has of the whole.
     (Sums over bins: "Topological Transformer", conclusion, has them as per-centroid aggregates.)"""
@@ -196,7 +195,7 @@ class StreamCache(Cache):
         tensors = {f"{kind}.{layer}.{name}": x.contiguous() for kind in ("kept", "last")
                    for (layer, name), x in getattr(self, kind).items()}
         with replacing(path) as temporary:
-            save_file(tensors, temporary, {"length": str(self.length), "width": str(self.width)})
+            save_file(tensors, temporary, {"length": str(self.length), "width": str(self.width), "config": repr(self.config)})
 
     @classmethod
     def load(cls, path, config):
@@ -204,15 +203,20 @@ class StreamCache(Cache):
         cache = cls(config)
         try:
             with safe_open(path, "pt") as file:
-                cache.length, cache.width = int(file.metadata()["length"]), float(file.metadata()["width"])
+                saved = file.metadata()
+                cache.length, cache.width = int(saved["length"]), float(saved["width"])
                 for key in file.keys():
                     kind, layer, name = key.split(".")
                     {"kept": cache.kept, "last": cache.last}[kind][int(layer), name] = file.get_tensor(key)
-        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            same = saved["config"] == repr(config)
+            whole = all(first.diff().min() >= 1 and first[0] == 0 and first[-1] == cache.kept[layer, "state"].size(1)
+                        for (layer, name), first in cache.kept.items() if name == "first")  # decode.cpp trusts them
+        except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"{path} is not a saved stream of this program: {error}") from None
-        states = [x for (_, name), x in cache.kept.items() if name == "state"]
-        if len(states) != config.n_layer or any(x.size(-1) != config.head_size + 1 for x in states):
+        if not same:
             raise UserError(f"{path} is of another model")
+        if not whole:
+            raise UserError(f"{path} is damaged: take another, or leave --session out")
         return cache
 
 
@@ -221,13 +225,13 @@ CACHES = {"exact": ExactCache, "stream": StreamCache, "plain": Cache}
 
 def make_cache(name, config, device):
     """A cache by name. exact, where it does not apply (dot, a GPU, no compiler), is the plain one, with which it agrees."""
-    if name == "exact" and (config.attention != "tau" or device.type != "cpu"):
+    if name != "plain" and (config.attention != "tau" or device.type != "cpu"):
+        if name == "stream":
+            raise UserError("cache 'stream' is of attention = \"tau\" on a CPU: take exact")
         name = "plain"
-    if name == "stream" and (config.attention != "tau" or device.type != "cpu"):
-        raise UserError("cache 'stream' is of attention = \"tau\" on a CPU: take exact")
     try:
         return CACHES[name](config)
-    except RuntimeError as error:
+    except Exception as error:  # no compiler, or one that does not know this code
         if name == "stream":
             raise UserError(f"decode.cpp could not be compiled: {str(error).splitlines()[0]}") from None
         return Cache(config)

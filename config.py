@@ -151,6 +151,19 @@ def from_text(text, name, kind):
         raise UserError(f"--{name}={text} must be {'True or False' if kind is bool else kind.__name__}") from None
 
 
+def read_settings(path):
+    """{name: value} of a file of settings. Raises UserError for a broken file, an unknown key or a wrong type or value."""
+    kinds = {f.name: f.type for f in fields(Settings)}
+    try:
+        values = tomllib.loads(path.read_text())
+    except (ValueError, RecursionError) as error:  # broken TOML or UTF-8, numbers of thousands of digits
+        raise UserError(f"{path} is not a TOML file: {error}") from None
+    for name in values:
+        if name not in kinds:
+            raise UserError(f"{path}: unknown setting {name!r} (train.py --help lists them)")
+    return {name: checked(name, value, kinds[name], path) for name, value in values.items()}
+
+
 def parse(description):
     """(settings, given) of the command line: the Settings, and the names of those set in the file or by --key=value.
     Raises UserError for an unknown key, a wrong type or a value that makes no sense."""
@@ -162,14 +175,7 @@ def parse(description):
         parser.add_argument(f"--{f.name}", metavar=f.type.__name__.upper(), help=f.metadata["meaning"] + default)
     args = vars(parser.parse_args())
     path = args.pop("config")
-    try:
-        values = tomllib.loads(path.read_text())
-    except (ValueError, RecursionError) as error:  # broken TOML or UTF-8, numbers of thousands of digits
-        raise UserError(f"{path} is not a TOML file: {error}") from None
-    for name in values:
-        if name not in kinds:
-            raise UserError(f"{path}: unknown setting {name!r} (train.py --help lists them)")
-    given = {name: checked(name, value, kinds[name], path) for name, value in values.items()}
+    given = read_settings(path)
     given |= {name: checked(name, from_text(text, name, kinds[name]), kinds[name], "command line")
               for name, text in args.items() if text is not None}
     settings = Settings(**given)

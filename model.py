@@ -285,7 +285,8 @@ def dot_attention(q, k, v, scale=DOT_SCALE, log_decay=None, key_bias=None):
 
 def window_attention(q, k, v, log_decay, key_bias, window, scale):
     """dot_attention to the last `window` tokens, the query's own among them: q (B, H, Tq, D) are the last Tq of the T <= Tq +
-    window - 1 positions of k and v (B, Hkv, T, D), log_decay (B, H, T) and key_bias (B, Hkv, T) or None, scale a number or (H,). O(T window)."""
+    window - 1 positions of k and v (B, Hkv, T, D), log_decay (B, H, T) and key_bias (B, Hkv, T) or None, scale a number or
+    (H,). O(T window)."""
     (B, H, Tq, D), Hkv, T = q.shape, k.size(1), k.size(2)
     blocks, group = -(-Tq // window), H // k.size(1)
     before, after = window - (T - Tq), blocks * window - Tq
@@ -377,8 +378,9 @@ class Tauformer(nn.Module):
         if stop > longest:
             raise ValueError(f"{stop} tokens are more than {longest}")
         x = self.dropout(self.embedding(idx))  # (B, T, C)
+        rotary = self.rotary(start, stop)
         for block in self.blocks:
-            x = block(x, self.rotary(start, stop), self.laplacian, cache)
+            x = block(x, rotary, self.laplacian, cache)
         if cache is not None:
             cache.length = stop
         x = norm(x)

@@ -123,7 +123,7 @@ def interactive(args, model, tokenizer):
 @torch.no_grad()
 def score(model, tokens, cache_name):
     """The mean loss, nats a token, of tokens 1 .. of a list: each from all before it with cache "stream", else from those
-    before it in its window of block_size tokens. Memory does not grow with the text."""
+    before it in its window of block_size tokens. Beside the tokens, memory does not grow with the text."""
     device, total = model.head.weight.device, 0.0
     endless = cache_name == "stream"
     window = len(tokens) if endless else model.config.block_size
@@ -199,10 +199,9 @@ def main():
     else:
         prompts = [args.prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")]
     prompts = [prompt_tokens(prompt, tokenizer) for prompt in prompts]
-    session = None
-    if args.session:
-        make_cache("stream", model.config, device)  # refuses what has none
-        session = StreamCache.load(args.session, model.config) if args.session.exists() else StreamCache(model.config)
+    session = make_cache("stream", model.config, device) if args.session else None
+    if session and args.session.exists():
+        session = StreamCache.load(args.session, model.config)
 
     terminal = sys.stdout.isatty()
     texts = samples(args, model, tokenizer, prompts, session, (lambda piece: print(piece, end="", flush=True)) if terminal else None)

@@ -53,9 +53,13 @@ def by_row(records):
     return rows
 
 
+def corpora_of(rows):
+    return list(dict.fromkeys(corpus for row in rows.values() for corpus in row))
+
+
 def row_table(rows):
     """Markdown: mean of the seeds' best validation losses, nats a token, and in brackets the greatest less the least."""
-    corpora = list(dict.fromkeys(corpus for row in rows.values() for corpus in row))
+    corpora = corpora_of(rows)
     lines = ["| | " + " | ".join(f"{corpus} | bits a byte | parameters" for corpus in corpora) + " | seeds |",
              "| " + "--- | " * (3 * len(corpora) + 2)]
     for name, row in rows.items():
@@ -74,7 +78,7 @@ def draw_rows(rows, path):
     import matplotlib
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
-    corpora = list(dict.fromkeys(corpus for row in rows.values() for corpus in row))
+    corpora = corpora_of(rows)
     figure, axes = plt.subplots(1, len(corpora), figsize=(3 + 3.5 * len(corpora), 1.5 + 0.25 * len(rows)), sharey=True, squeeze=False,
                                 layout="constrained")
     for axis, corpus in zip(axes[0], corpora):

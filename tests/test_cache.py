@@ -105,3 +105,7 @@ def test_a_stream_of_another_model_is_refused(tmp_path):
     cache.save(tmp_path / "s")
     with pytest.raises(UserError, match="another model"):
         StreamCache.load(tmp_path / "s", stream_config())
+    cache.kept[0, "first"][1] = 10**6
+    cache.save(tmp_path / "s")
+    with pytest.raises(UserError, match="damaged"):
+        StreamCache.load(tmp_path / "s", model.config)

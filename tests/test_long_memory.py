@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from conftest import ROOT, fails, ok
-from long_memory import BLANK, LENGTHS, LETTERS, MARK, TASKS
+from long_memory import BLANK, LENGTHS, LETTERS, MARK, TASKS, attention_of
 
 
 @pytest.mark.parametrize("T", [16, 17, 100, LENGTHS[-1]])
@@ -39,3 +39,9 @@ def test_lines_table_and_figure(tmp_path):
     (tmp_path / "bad.toml").write_text("n_head = [")
     assert "bad.toml" in fails("long_memory.py", "bad.toml", cwd=tmp_path)
     assert "no results" in fails("long_memory.py", cwd=tmp_path)
+    assert "absent" in fails("long_memory.py", configs[0], "--results=absent/r.jsonl", cwd=tmp_path)
+
+
+def test_a_configs_attention_is_taken_whole():
+    config = attention_of(ROOT / "configs" / "shakespeare_char_best.toml")
+    assert (config.n_embd, config.n_head, config.local_heads, config.forget, config.tau_rope) == (64, 8, 4, "gate", False)
