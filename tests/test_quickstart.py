@@ -10,7 +10,7 @@ def test_quickstart_in_a_fresh_copy_then_again(tmp_path):
     """The whole script, its training cut to 20 steps, with the packages that are installed here."""
     copy = tmp_path / "copy"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", "out", "*.bin", "*.npy", "*.parquet", "*.jsonl",
-                                                              "meta.json", "tokenizer.json", "laplacian.json", "__pycache__"))
+                                                              "meta.json", "tokenizer.json", "laplacian.json", "*.npz", "__pycache__"))
     (copy / ".venv").symlink_to(sys.prefix)
 
     def quickstart():
