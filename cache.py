@@ -17,11 +17,15 @@ from safetensors.torch import save_file
 
 from attention import compiled
 from common import UserError, replacing
+from fused import ENERGY_EPS
+from model import energy
 
 SEGMENT, BLOCK = 128, 16  # as in decode.cpp
 
 
 class Cache:
+    energy = staticmethod(energy)
+
     def __init__(self, config, length=0):
         """For `length` tokens at most (0: block_size), allocated whole and written in place."""
         self.config = config
@@ -67,14 +71,24 @@ def decode():
     return compiled("decode.cpp", "tauformer_decode")
 
 
-class ExactCache(Cache):
+class CompiledCache(Cache):
     """Of tau on the CPU in float32; raises what the compiler says if decode.cpp cannot be compiled."""
 
     def __init__(self, config, length=0):
         super().__init__(config, length)
+        decode()
+
+    @staticmethod
+    def energy(x, laplacian):
+        """energy(), in one pass where the tokens are few."""
+        return decode().energy(x, laplacian, ENERGY_EPS) if x.size(1) < 8 else energy(x, laplacian)
+
+
+class ExactCache(CompiledCache):
+    def __init__(self, config, length=0):
+        super().__init__(config, length)
         self.size = -(-self.size // SEGMENT) * SEGMENT
         self.layers = {}
-        decode()
 
     def nbytes(self):
         return super().nbytes() + sum(x.nbytes for kept in self.layers.values() for x in kept)
@@ -86,9 +100,11 @@ class ExactCache(Cache):
             if self.length == 0:
                 self.fill(self.layers[layer], lambda_k, v, log_decay, key_bias)
                 return operator(lambda_q, lambda_k, v, temperature, log_decay, key_bias)
+            tokens = lambda_q, lambda_k, v, log_decay, key_bias
+            if v.size(2) == 1:
+                return self.step(self.layers[layer], self.length, *tokens)
             return torch.cat([self.step(self.layers[layer], self.length + t, *(
-                x if x is None else x[:, :, t:t + 1].contiguous() for x in (lambda_q, lambda_k, v, log_decay, key_bias)))
-                for t in range(v.size(2))], 2)
+                x if x is None else x[:, :, t:t + 1] for x in tokens)) for t in range(v.size(2))], 2)
         return attend
 
     def allocated(self, v, H, temperature):
@@ -118,7 +134,7 @@ class ExactCache(Cache):
     def step(self, kept, length, *token):
         """Take up one token, the one after `length` others, and attend."""
         lambdas, weight, values, sums, scales, temperature, ends, now = kept
-        y = decode().attend(*token, *kept, length)
+        y = decode().attend(*(x if x is None else x.contiguous() for x in token), *kept, length)
         if (length + 1) % SEGMENT == 0:  # it completes a segment, which takes in all those shorter than itself
             sealed, end = length // SEGMENT * SEGMENT, length + 1
             ends[:, :, end // SEGMENT] = now
@@ -141,8 +157,8 @@ def segments(length):
     return found
 
 
-class StreamCache(Cache):
-    """Of tau on the CPU in float32, without an end: memory and time of a token do not depend on the tokens before it.
+class StreamCache(CompiledCache):
+    """Without an end: memory and time of a token do not depend on the tokens before it.
 
     [0, 1) is cut into bins, BINS for each unit of a head's temperature, as long as all layers' states take STATE_BYTES at most
     for a batch of one; beyond it the heads with the most bins get fewer, and `width`, the greatest h, says so. Keys in other
@@ -157,7 +173,6 @@ class StreamCache(Cache):
         super().__init__(config)
         self.size = math.inf
         self.width = 0.0  # the greatest h of a head
-        decode()
 
     def bins(self, temperature, D):
         """(H + 1,) int64: where the bins of each head of a layer begin."""

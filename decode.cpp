@@ -229,6 +229,24 @@ at::Tensor stream(const at::Tensor& lambda_q, const at::Tensor& lambda_k, const 
   return out;
 }
 
+// x (B, T, H, D), laplacian (H, D, D) -> model.energy(), (B, T, H)
+at::Tensor energy(const at::Tensor& x, const at::Tensor& laplacian, double eps) {
+  const int64_t H = x.size(2), D = x.size(3);
+  const at::Tensor rows = x.contiguous(), matrices = laplacian.contiguous();
+  auto E = at::empty({x.size(0), x.size(1), H}, x.options());
+  std::vector<float> Lx(D);
+  for (int64_t r = 0; r < E.numel(); r++) {
+    const float *row = rows.const_data_ptr<float>() + r * D, *L = matrices.const_data_ptr<float>() + r % H * D * D;
+    std::fill(Lx.begin(), Lx.end(), 0);
+    for (int64_t d = 0; d < D; d++)
+      for (int64_t e = 0; e < D; e++) Lx[e] += row[d] * L[d * D + e];
+    float above = 0, below = eps;
+    for (int64_t d = 0; d < D; d++) above += Lx[d] * row[d], below += row[d] * row[d];
+    E.data_ptr<float>()[r] = std::max(above, 0.0f) / below;
+  }
+  return E;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(tauformer_decode, library) {
@@ -237,6 +255,7 @@ TORCH_LIBRARY(tauformer_decode, library) {
   library.def("attend(Tensor lambda_q, Tensor lambda_k, Tensor v, Tensor? log_decay, Tensor? bias, Tensor(a!) lambdas, "
               "Tensor(b!) weight, Tensor(c!) values, Tensor sums, Tensor scales, Tensor temperature, Tensor ends, Tensor(d!) now, "
               "int length) -> Tensor", &attend);
+  library.def("energy(Tensor x, Tensor laplacian, float eps) -> Tensor", &energy);
   library.def("stream(Tensor lambda_q, Tensor lambda_k, Tensor v, Tensor log_decay, Tensor bias, Tensor temperature, Tensor first, "
               "Tensor(a!) state, Tensor(b!) scale) -> Tensor", &stream);
 }

@@ -28,19 +28,27 @@ class RMSNorm(torch.autograd.Function):
         return torch.addcmul(grad, along, y, value=-1).mul_(scale)
 
 
+def by_head(x, matrices):
+    """x (B, T, H, D) times the matrix of its head, (H, D, D)."""
+    return torch.bmm(x.flatten(0, 1).transpose(0, 1), matrices).transpose(0, 1).unflatten(0, x.shape[:2])
+
+
+def rayleigh_quotient(x, laplacian):
+    return by_head(x, laplacian).mul_(x).sum(-1).clamp_min_(0) / (torch.linalg.vecdot(x, x) + ENERGY_EPS)
+
+
 class Energy(torch.autograd.Function):
     """energy(), which keeps x alone for its gradient dE/dx = 2 (L x - E x) / (x^T x + eps). The Laplacian gets none."""
 
     @staticmethod
     def forward(ctx, x, laplacian):
         ctx.save_for_backward(x, laplacian)
-        Lx = torch.einsum("bthd,hde->bthe", x, laplacian)
-        return Lx.mul_(x).sum(-1).clamp_min_(0) / (torch.linalg.vecdot(x, x) + ENERGY_EPS)
+        return rayleigh_quotient(x, laplacian)
 
     @staticmethod
     def backward(ctx, grad):
         x, laplacian = ctx.saved_tensors
-        Lx = torch.einsum("bthd,hde->bthe", x, laplacian)
+        Lx = by_head(x, laplacian)
         xx = torch.linalg.vecdot(x, x) + ENERGY_EPS
         E = torch.linalg.vecdot(x, Lx) / xx
         return Lx.addcmul_(E[..., None], x, value=-1).mul_((2 * grad / xx)[..., None]), None

@@ -14,7 +14,7 @@ Transformer", 2026.)
 """
 
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from attention import add_terms, tau_attention
 from common import UserError
-from fused import ENERGY_EPS, ChunkedLoss, Energy, RMSNorm, SquaredReluMLP
+from fused import ENERGY_EPS, NORM_EPS, ChunkedLoss, Energy, RMSNorm, SquaredReluMLP, by_head, rayleigh_quotient
 
 FORGET = ("none", "slope", "gate")
 TAU_MODES = ("fixed", "mean", "percentile", "adaptive", "gradient", "learned")  # taumode.py
@@ -88,22 +88,30 @@ class ModelConfig:
 
 def norm(x):
     """RMS-norm over the last dimension, without weights."""
-    return RMSNorm.apply(x)
+    if torch.is_grad_enabled():
+        return RMSNorm.apply(x)
+    return F.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1:], eps=NORM_EPS)
+
+
+def without_autocast(x):
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def energy(x, laplacian):
     """E(x) = x^T L x / (x^T x + eps), the Rayleigh quotient: x (B, T, H, D), laplacian (H, D, D) -> (B, T, H), >= 0.
     Computed in the Laplacian's precision also under autocast."""
-    with torch.autocast(x.device.type, enabled=False):
-        return Energy.apply(x.to(laplacian.dtype), laplacian)
+    with without_autocast(x):
+        quotient = Energy.apply if torch.is_grad_enabled() else rayleigh_quotient
+        return quotient(x.to(laplacian.dtype), laplacian)
 
 
 def filtered_energy(x, roots, log_filter):
     """E(x) = x^T g(L) x / (x^T x + eps), where g(L) = U diag(eigenvalue * exp(log_filter)) U^T: x (B, T, H, D), roots
     (H, D, D) = U diag(sqrt(eigenvalue)), log_filter (H, D) -> (B, T, H). Constants keep energy 0."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         x = x.to(roots.dtype)
-        y = torch.einsum("bthd,hde->bthe", x, roots * (log_filter / 2).exp()[:, None])
+        y = by_head(x, roots * (log_filter / 2).exp()[:, None])
         return torch.linalg.vecdot(y, y) / (torch.linalg.vecdot(x, x) + ENERGY_EPS)
 
 
@@ -154,6 +162,13 @@ def rope(x, rotary):
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).to(x.dtype)
 
 
+def queries_keys(x):
+    """(B, H, T, ...) of queries and (B, Hkv, T, ...) of keys from x (B, group + 1, T, Hkv, ...), which has for each head of keys
+    the queries that read it, and the keys."""
+    x = x.movedim(3, 1)
+    return x[:, :, :-1].flatten(1, 2), x[:, :, -1]
+
+
 def spectral_roots(L):
     """U diag(sqrt(eigenvalue)) of L (H, D, D), whose product with its transpose is L."""
     eigenvalues, U = torch.linalg.eigh(L.double())
@@ -197,7 +212,8 @@ class Attention(nn.Module):
             self.gate = nn.Linear(C, H * D, bias=False)
 
     def projections(self, x, rotary, cache):
-        """Queries (B, T, H, D) and keys (B, T, Hkv, D), rotated and normed, and values (B, Hkv, T, D) of x (B, T, C)."""
+        """The queries that read each key head and its keys, (B, group + 1, T, Hkv, D), rotated and normed, and values
+        (B, Hkv, T, D) of x (B, T, C)."""
         config, projected = self.config, [self.query(x), self.key(x), self.value(x)]
         if config.conv:
             qkv = torch.cat(projected, -1)
@@ -206,24 +222,19 @@ class Attention(nn.Module):
             qkv = qkv + sum(tap * past[:, i:i + qkv.size(1)] for i, tap in enumerate(self.taps))
             projected = qkv.split([p.size(-1) for p in projected], -1)
         q, k, v = (p.unflatten(-1, (-1, config.head_size)) for p in projected)
+        qk = torch.cat([q.unflatten(2, (config.n_kv_head, -1)).movedim(3, 1), k[:, None]], 1)
         if config.tau_rope:
-            q, k = rope(q, rotary), rope(k, rotary)
-        else:
-            q, k = (torch.cat([rope(x[:, :, :n], rotary), x[:, :, n:]], 2)
-                    for x, n in ((q, config.local_heads), (k, config.local_kv_heads)))
-        return norm(q), norm(k), v.transpose(1, 2)
+            qk = rope(qk, rotary)
+        elif n := config.local_kv_heads:
+            qk = torch.cat([rope(qk[..., :n, :], rotary), qk[..., n:, :]], -2)
+        return norm(qk), v.transpose(1, 2)
 
-    def energies(self, q, k, laplacian):
-        """(B, T, H + Hkv) of queries and keys."""
-        if not self.config.spectral_filter:
-            return energy(torch.cat([q, k], 2), self.of_both(laplacian))
-        log_filter = self.log_filter.view(len(laplacian), -1)
-        return filtered_energy(torch.cat([q, k], 2), self.of_both(laplacian), self.of_both(log_filter))
-
-    def of_both(self, x):
-        """What x (Hkv, ...) has of key heads, of the query heads that read them and then of the key heads."""
-        group = self.config.n_head // self.config.n_kv_head
-        return torch.cat([x if group == 1 else x.repeat_interleave(group, 0), x])
+    def energies(self, qk, laplacian, cache):
+        """(B, group + 1, T, Hkv) of queries and keys (B, group + 1, T, Hkv, D)."""
+        x = qk.flatten(1, 2)
+        if self.config.spectral_filter:
+            return filtered_energy(x, laplacian, self.log_filter.view(len(laplacian), -1)).view(qk.shape[:-1])
+        return (energy if cache is None else cache.energy)(x, laplacian).view(qk.shape[:-1])
 
     def local(self, q, k, v, sharpness, log_decay, key_bias, cache):
         """The local heads' (B, H, T, D), of what tau_attention takes."""
@@ -234,7 +245,7 @@ class Attention(nn.Module):
 
     def forward(self, x, rotary, laplacian, cache):
         config = self.config
-        q, k, v = self.projections(x, rotary, cache)
+        qk, v = self.projections(x, rotary, cache)
         log_decay = key_bias = None
         if config.forget == "gate":
             log_decay = F.logsigmoid(self.forget(x)).transpose(1, 2)  # (B, H, T)
@@ -246,17 +257,17 @@ class Attention(nn.Module):
         near_sharpness, sharpness = self.log_sharpness.exp().tensor_split([n]) if config.learn_temperature else (1.0, 1.0)
         if n:
             cut = lambda x, count, dim=1: (None, None) if x is None else x.tensor_split([count], dim)
-            (q_near, q), (k_near, k), (v_near, v) = cut(q, n, 2), cut(k, m, 2), cut(v, m)
+            (qk_near, qk), (v_near, v) = cut(qk, m, 3), cut(v, m)
             (near_decay, log_decay), (near_bias, key_bias) = cut(log_decay, n), cut(key_bias, m)
-            near = self.local(q_near.transpose(1, 2), k_near.transpose(1, 2), v_near, near_sharpness, near_decay, near_bias, cache)
+            near = self.local(*queries_keys(qk_near), v_near, near_sharpness, near_decay, near_bias, cache)
         if config.attention == "tau":
-            E, heads = self.energies(q, k, laplacian), (q.size(2), k.size(2))
-            queries, keys = bounded(E, self.of_both(self.log_tau.exp())).transpose(1, 2).split(heads, 1)  # (B, H, T), (B, Hkv, T)
+            E = self.energies(qk, laplacian, cache)
+            queries, keys = queries_keys(bounded(E, self.log_tau.exp()))  # (B, H, T), (B, Hkv, T)
             operator, scale = tau_attention, config.temperature / sharpness
             if self.seen is not None:
-                self.seen.append((*E.detach().split(heads, -1), scale, log_decay, key_bias))
+                self.seen.append((*(e.transpose(1, 2) for e in queries_keys(E.detach())), scale, log_decay, key_bias))
         else:
-            queries, keys = q.transpose(1, 2), k.transpose(1, 2)  # (B, H, T, D), (B, Hkv, T, D)
+            queries, keys = queries_keys(qk)  # (B, H, T, D), (B, Hkv, T, D)
             operator, scale = dot_attention, DOT_SCALE * sharpness
         attend = operator if cache is None else cache.attend(self.layer, operator)
         y = attend(queries, keys, v, scale, log_decay, key_bias)
