@@ -1,10 +1,12 @@
 """Measure: the attention operator, a whole training step, decoding, whether training curves agree, and the build of a Laplacian.
 
-    python bench.py attention                     # against flash SDPA, 256 to 65,536 tokens
+    python bench.py attention                     # against flash SDPA, 256 to 65,536 tokens; --device=cuda: on a GPU
     python bench.py train_step --nanogpt=DIR      # the 30M model, and nanoGPT's from a checkout of it
     python bench.py decode                        # the 30M model, a token after 128 to 131,072 others
+    python bench.py context --runs OUT_DIR ...    # the loss up to 8 times the trained context, by cache (runs/context.sh)
     python bench.py curves                        # 200 steps of the quick start, by every implementation
     python bench.py laplacian                     # the build of a Laplacian, 2,000 to 320,272 rows
+    python bench.py triton                        # what the GPU kernels take of registers and shared memory; needs no GPU
 
 What is compared runs in turn, and medians are reported, because a machine is seldom quiet. Tables and figures go to
 results/."""
@@ -12,7 +14,10 @@ results/."""
 import functools
 import json
 import multiprocessing
+import os
+import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -27,6 +32,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import build_laplacian
+import checkpoint
 import model as model_file
 import taumode
 from attention import tau_attention
@@ -42,10 +48,14 @@ from train import domain_laplacian, learning_rate, to_device, training_batch
 RESULTS = Path(__file__).parent / "results"
 HEADS, HEAD_SIZE = 6, 64
 TOKENS = 4096  # of a batch, where one sequence has not more
-LONGEST = {"sdpa": 65536, "naive": 4096, "tree": 65536, "walk": 65536}  # dense weights no longer fit beyond
+LONGEST = {"cpu": {"sdpa": 65536, "naive": 4096, "tree": 65536, "walk": 65536},  # dense weights no longer fit beyond
+           "cuda": {"sdpa": 65536, "naive": 4096, "tree": 65536, "triton": 65536}}
 EMBEDDED = (2000, 8000, 32027, 320272)  # rows; the last is the published run's
 WITH_ARROWSPACE = (2000, 8000)
 LAYERS, WIDTH, VOCABULARY = 6, 384, 30522  # configs/tau_30m.toml
+SCORED = 50000  # tokens
+LONG_CONTEXTS = (2**10, 2**12, 2**14, 2**16, 2**17)
+SHARED_KB = {80: 163, 90: 227}  # that a block of threads may have, by compute capability
 
 
 def in_own_process(function, *args):
@@ -54,39 +64,50 @@ def in_own_process(function, *args):
         return pool.apply(function, args)
 
 
-def operator(impl, B, T):
-    """(forward, forward and backward): functions without arguments, on random inputs."""
+def operator(impl, B, T, device):
+    """(forward, forward and backward): functions without arguments, on random inputs; queries, keys and values on a GPU in bfloat16."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v, grad = torch.randn(4, B, HEADS, T, HEAD_SIZE, generator=generator).unbind()
-    lambda_q, lambda_k = torch.rand(2, B, HEADS, T, generator=generator).unbind()
+    q, k, v, grad = torch.randn(4, B, HEADS, T, HEAD_SIZE, generator=generator).to(
+        device, torch.bfloat16 if device == "cuda" else torch.float32).unbind()
+    lambda_q, lambda_k = torch.rand(2, B, HEADS, T, generator=generator).to(device).unbind()
     inputs = [q, k, v] if impl == "sdpa" else [lambda_q, lambda_k, v]
     inputs = [x.clone().requires_grad_() for x in inputs]
 
-    def forward():
+    def attend():
         if impl == "sdpa":
             return F.scaled_dot_product_attention(*inputs, is_causal=True)
         return tau_attention(*inputs, temperature=1.0, impl=impl)
 
+    def forward():
+        attend()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
     def both():
-        forward().backward(grad)
+        attend().backward(grad)
         for x in inputs:
             x.grad = None
+        if device == "cuda":
+            torch.cuda.synchronize()
     return forward, both
 
 
 calls = None  # of the operator that a process of its own measures
 
 
-def begin(impl, B, T, threads):
+def begin(impl, B, T, threads, device):
     """Get ready to time an operator in this fresh process. Returns the peak memory in MB of forward and backward, beyond
     that of the process and of the inputs."""
     global calls
     torch.set_num_threads(threads)
-    operator(impl, 1, 128)[1]()
-    calls = operator(impl, B, T)
-    before = peak_rss_mb()
+    operator(impl, 1, 128, device)[1]()
+    calls = operator(impl, B, T, device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    peak_mb = peak_rss_mb if device == "cpu" else lambda: torch.cuda.max_memory_allocated() / 2**20
+    before = peak_mb()
     calls[1]()
-    return peak_rss_mb() - before
+    return peak_mb() - before
 
 
 def seconds(which):
@@ -102,13 +123,15 @@ def seconds(which):
 
 def bench_attention(args):
     """Every operator in a process of its own, so that it does not meet memory that another has just given back."""
-    rows = []
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device=cuda: torch finds no CUDA device")
+    rows, name, longest_of = [], "attention" if args.device == "cpu" else "attention_cuda", LONGEST[args.device]
     for T in (256 * 2**i for i in range(9) if 256 * 2**i <= args.longest):
         B = max(1, TOKENS // T)
         with ExitStack() as stack:
             pools = {impl: stack.enter_context(multiprocessing.get_context("spawn").Pool(1))
-                     for impl, longest in LONGEST.items() if T <= longest}
-            memory = {impl: pool.apply(begin, (impl, B, T, torch.get_num_threads())) for impl, pool in pools.items()}
+                     for impl, longest in longest_of.items() if T <= longest}
+            memory = {impl: pool.apply(begin, (impl, B, T, torch.get_num_threads(), args.device)) for impl, pool in pools.items()}
             times = {impl: ([], []) for impl in pools}
             for repeat in tqdm(range(args.repeats + 1), desc=f"T = {T}", disable=None):  # the first is a warm-up
                 for impl, pool in pools.items():
@@ -122,23 +145,23 @@ def bench_attention(args):
     sdpa = {row["T"]: row["forward_backward_ms"] for row in rows if row["impl"] == "sdpa"}
     for row in rows:
         row["times_as_fast_as_sdpa"] = sdpa[row["T"]] / row["forward_backward_ms"]
-    write("attention", rows, args)
-    draw(rows)
+    write(name, rows, args)
+    draw(rows, name)
 
 
-def draw(rows):
+def draw(rows, name):
     import matplotlib
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     for axis, key, label in zip(axes, ("forward_ms", "forward_backward_ms", "memory_mb"),
                                 ("forward, ms", "forward and backward, ms", "peak memory, MB")):
-        for impl in LONGEST:
+        for impl in dict.fromkeys(row["impl"] for row in rows):
             points = [(row["T"], max(row[key], 1e-2) / row["B"]) for row in rows if row["impl"] == impl]
             axis.loglog(*zip(*points), marker=".", label={"sdpa": "flash SDPA (dot product)"}.get(impl, f"tau, {impl}"))
         axis.set(xlabel="tokens T", title=f"{label}, a sequence")
         axis.legend(fontsize="small")
-    with replacing(RESULTS / "attention.png") as temporary:
+    with replacing(RESULTS / f"{name}.png") as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 
@@ -222,29 +245,26 @@ def bench_decode(args):
              "tau, stream": ("tau", lambda config, length: StreamCache(config))}
     token = torch.zeros(1, 1, dtype=torch.long)
 
-    def measured(before, tokens):
-        """{kind: (seconds of each of so many tokens, bytes of the cache at the end)} after so many tokens before."""
-        caches = {kind: filled(models[attention], make(models[attention].config, before + tokens), before)
-                  for kind, (attention, make) in kinds.items()}
-        times = {kind: [] for kind in kinds}
-        for _ in tqdm(range(tokens), desc=f"after {before:,}", disable=None):
-            for kind, cache in caches.items():
+    def measured(contexts, tokens):
+        """{(tokens before, kind): (seconds of each of so many tokens, bytes of the cache at the end)}, one token of each in turn."""
+        caches = {(n, kind): filled(models[attention], make(models[attention].config, n + tokens), n)
+                  for n in contexts for kind, (attention, make) in kinds.items()}
+        times = {key: [] for key in caches}
+        for _ in tqdm(range(tokens), desc=f"after {', '.join(f'{n:,}' for n in contexts)}", disable=None):
+            for (n, kind), cache in caches.items():
                 start = time.perf_counter()
                 models[kinds[kind][0]](token, cache=cache)
-                times[kind].append(time.perf_counter() - start)
-        return {kind: (times[kind], cache.nbytes()) for kind, cache in caches.items()}
+                times[n, kind].append(time.perf_counter() - start)
+        return {key: (times[key], cache.nbytes()) for key, cache in caches.items()}
 
     rows = []
     with torch.no_grad():
         for repeat in range(args.repeats):
-            own = measured(0, 1024)
-            for n in (128, 256, 512, 1024):
-                for kind, (times, size) in own.items():
-                    rows.append({"table": "own tokens", "kind": kind, "context": n, "seconds": times[:n], "cache_mb": size / 1e6})
-            for n in (2**10, 2**12, 2**14, 2**16, 2**17):
-                if n <= args.longest:
-                    for kind, (times, size) in measured(n, 40).items():
-                        rows.append({"table": "long context", "kind": kind, "context": n, "seconds": times[8:], "cache_mb": size / 1e6})
+            for (_, kind), (times, size) in measured([0], 1024).items():
+                rows += [{"table": "own tokens", "kind": kind, "context": n, "seconds": times[:n], "cache_mb": size / 1e6}
+                         for n in (128, 256, 512, 1024)]
+            for (n, kind), (times, size) in measured([n for n in LONG_CONTEXTS if n <= args.longest], 40).items():
+                rows.append({"table": "long context", "kind": kind, "context": n, "seconds": times[8:], "cache_mb": size / 1e6})
     results = []
     for table, kind, n in dict.fromkeys((row["table"], row["kind"], row["context"]) for row in rows):
         runs = [row for row in rows if (row["table"], row["kind"], row["context"]) == (table, kind, n)]
@@ -270,6 +290,35 @@ def draw_decode(rows):
         axis.legend(fontsize="small")
     with replacing(RESULTS / "decode.png") as temporary:
         figure.savefig(temporary, format="png", dpi=110)
+
+
+@torch.no_grad()
+def bench_context(args):
+    """Loss of trained models on 50,000 tokens of validation text, in windows 8 times as long as those they were trained on, and by
+    the position in the window, with each cache."""
+    if not args.runs or not args.data_dir:
+        raise UserError("context: name trained models with --runs OUT_DIR ..., and their text with --data_dir")
+    corpus, rows = Corpus(args.data_dir), []
+    for out_dir in args.runs:
+        path = checkpoint.find(out_dir)
+        model = checkpoint.build_model(*checkpoint.read(path), path).eval()
+        T = model.config.block_size
+        windows = torch.from_numpy(corpus.batch(np.arange(SCORED // (8 * T)) * 8 * T, 8 * T, "val"))
+        losses = {}
+        for kind, cache in (("plain", lambda: Cache(model.config, 8 * T)), ("exact", lambda: ExactCache(model.config, 8 * T)),
+                            ("stream", lambda: StreamCache(model.config))):
+            parts = []
+            for idx in tqdm(windows.split(8), desc=f"{out_dir}, {kind}", disable=None):
+                kept = cache()
+                logits = [model.logits(model(part, cache=kept, head=False)) for part in idx[:, :-1].split(T, 1)]
+                parts.append(F.cross_entropy(torch.cat(logits, 1).transpose(1, 2), idx[:, 1:], reduction="none"))
+            losses[kind] = torch.cat(parts).double()
+        for begin in range(0, 8 * T, T):
+            rows.append({"run": str(out_dir), "positions": f"{begin}..{begin + T - 1}"}
+                        | {kind: loss[:, begin:begin + T].mean().item() for kind, loss in losses.items()})
+        rows.append({"run": str(out_dir), "positions": f"all {windows[:, 1:].numel():,}"}
+                    | {kind: loss.mean().item() for kind, loss in losses.items()})
+    write("context", rows, args)
 
 
 def bench_curves(args):
@@ -378,6 +427,48 @@ def bench_laplacian(args):
     write("laplacian", rows, args)
 
 
+def kernel_resources(what):
+    """What ptxas says of a kernel: its name in attention_triton, tile, width of a head, type of the values, compute capability."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
+    from triton.compiler import ASTSource
+    import attention_triton
+    name, (M, N, warps, stages), width, values, capability = what
+    kernel = triton.jit(getattr(attention_triton, name))
+    constants = {"WIDTH": width, "INTERPRET": False, "BACKWARD": False, "M": M, "N": N, "C": M, "COLS": N}
+    types = {"v": values, "out": values, "grad": values, "grad_v": values, "oldest": "i32", "newest": "i32", "order": "i64"} | dict.fromkeys(
+        ("lambda_q", "lambda_k", "delta", "grad_q", "grad_k", "moment", "rows", "total", "diff"), "fp32") | dict.fromkeys(
+        ("temperature", "decay", "bias", "lse", "grad_weight", "x", "w", "weight", "scale", "new_scale"), "fp64")
+    signature = {p: "constexpr" if p in constants else "*" + types[p] if p in types else "fp32" if p == "sign" else "i32"
+                 for p in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, p in enumerate(kernel.arg_names) if p in types or p[-2:] in ("_b", "_h", "_t")}
+    source = ASTSource(kernel, signature, {(i,): constants[p] for i, p in enumerate(kernel.arg_names) if p in constants}, aligned)
+    compiled = triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": warps, "num_stages": stages})
+    with tempfile.TemporaryDirectory() as folder:
+        (ptx := Path(folder) / "kernel.ptx").write_text(compiled.asm["ptx"])
+        said = subprocess.run([get_ptxas(capability).path, "-v", "--regAllocOptLevel=2", f"--gpu-name=sm_{capability}{'a' * (capability == 90)}",
+                               ptx, "-o", os.devnull], capture_output=True, text=True, check=True).stderr
+    number = lambda pattern: int(re.search(pattern, said)[1])
+    return {"kernel": name, "tile": f"{M} x {N}", "warps": warps, "stages": stages, "head_size": width, "values": values,
+            "capability": capability / 10, "registers": number(r"Used (\d+) registers"), "shared_kb": compiled.metadata.shared / 2**10,
+            "spilled_bytes": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")}
+
+
+def bench_triton(args):
+    """Compile every kernel with every tile that autotuning may take, ahead of time. Ends with an error where one does not fit."""
+    from attention_triton import KERNELS, LEVEL_TILE
+    every = [(kernel.__name__, tile, width, values, capability) for kernel, tiles in KERNELS.items() for tile in tiles
+             for width in (32, 64, 128) for values in ("bf16", "fp32") for capability in SHARED_KB]
+    every += [("level_kernel", LEVEL_TILE, 0, "fp32", capability) for capability in SHARED_KB]
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        rows = list(tqdm(pool.imap(kernel_resources, every), total=len(every), disable=None))
+    write("triton_resources", rows, args)
+    for row in rows:
+        if row["shared_kb"] > SHARED_KB[round(10 * row["capability"])]:
+            raise UserError(f"no such device has so much shared memory: {row}")
+
+
 def write(name, rows, args):
     """Print a table and write it, with what it was measured on, to results/NAME.json."""
     columns = list(rows[0])
@@ -388,14 +479,18 @@ def write(name, rows, args):
     with replacing(RESULTS / f"{name}.json") as temporary:
         temporary.write_text(json.dumps({
             "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit(),
-            "torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows}, indent=1) + "\n")
+            "torch": torch.__version__, "threads": torch.get_num_threads(),
+            **({"gpu": torch.cuda.get_device_name()} if args.device == "cuda" else {}), "rows": rows}, indent=1) + "\n")
 
 
 def main():
     options = Parser(__doc__)
-    options.add_argument("what", choices=("attention", "train_step", "decode", "curves", "laplacian"))
+    options.add_argument("what", choices=("attention", "train_step", "decode", "context", "curves", "laplacian", "triton"))
     options.add_argument("--nanogpt", metavar="DIR", help="train_step: a checkout of nanoGPT to measure too")
     options.add_argument("--embeddings", metavar="FILE.npy", help="laplacian: rows to repeat (default: random ones)")
+    options.add_argument("--runs", nargs="+", metavar="OUT_DIR", help="context: trained models")
+    options.add_argument("--data_dir", metavar="DIR", help="context: the corpus they were trained on")
+    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="attention: where (default: %(default)s)")
     options.add_argument("--compile", action="store_true", help="train_step: torch.compile every model")
     options.add_argument("--longest", type=int, default=131072, help="tokens; attention: 65,536 at most (default: %(default)s)")
     options.add_argument("--repeats", type=int, default=5, help="runs, of which the median (default: %(default)s)")
@@ -404,8 +499,8 @@ def main():
     for name, least in (("longest", 1024), ("repeats", 1), ("steps", 1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name}={getattr(args, name)} must be at least {least}")
-    {"attention": bench_attention, "train_step": bench_train_step, "decode": bench_decode, "curves": bench_curves,
-     "laplacian": bench_laplacian}[args.what](args)
+    {"attention": bench_attention, "train_step": bench_train_step, "decode": bench_decode, "context": bench_context, "curves": bench_curves,
+     "laplacian": bench_laplacian, "triton": bench_triton}[args.what](args)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 #
 #     bash runs/equal_time.sh FILE.jsonl ["1 2 3"]
 #
-# Twenty minutes each (SECONDS_EACH=1200), in turn, with the machine to itself: three hours for three seeds. Those that are
-# finished are left. The losses go to results/equal_time/.
+# Twenty minutes each (SECONDS_EACH=1200), two at a time of one thread each (WORKERS=2), with the machine to itself: 100 minutes
+# for three seeds. FORMS="tau dot dot_flash" says which. Those that are finished are left. The losses go to results/equal_time/.
 [ $# -ge 1 ] || { echo 'usage: bash runs/equal_time.sh FILE.jsonl ["SEEDS"]' >&2; exit 2; }
 [ -f "$1" ] || { echo "runs/equal_time.sh: $1 does not exist" >&2; exit 2; }
 text=$(realpath "$1") seeds=${2:-1 2 3}
@@ -17,15 +17,19 @@ data=data/advisories_4096
 [ -f $data/embeddings.npy ] || show python data/embed.py $data --dim=256
 [ -f $data/laplacian.parquet ] || show python build_laplacian.py $data/embeddings.npy --out=$data/laplacian.parquet
 
-for seed in $seeds; do for form in tau dot dot_flash; do
-    run=results/equal_time/${form}_$seed
-    [ -f $run/metrics.jsonl ] && continue
-    switches=(--attention=${form%_flash})
-    [ $form = dot_flash ] && switches+=(--forget=none --key_bias=False)
-    [ $form = tau ] || switches+=(--spectral_filter=False --local_heads=0 --tau_rope=True)
-    show timeout --signal=TERM "${SECONDS_EACH:-1200}" python train.py configs/equal_time.toml --data_dir=$data --seed=$seed \
-        --out_dir=out/equal_time/${form}_$seed --overwrite=True "${switches[@]}" || [ $? = 124 ]
+one() {  # FORM SEED
+    local run=results/equal_time/$1_$2 out=out/equal_time/$1_$2 switches=(--attention=${1%_flash})
+    [ -f $run/metrics.jsonl ] && return
+    [ $1 = dot_flash ] && switches+=(--forget=none --key_bias=False)
+    [ $1 = tau ] || switches+=(--spectral_filter=False --local_heads=0 --tau_rope=True)
+    OMP_NUM_THREADS=1 timeout --signal=TERM ${SECONDS_EACH:-1200} python train.py configs/equal_time.toml --data_dir=$data --seed=$2 \
+        --out_dir=$out --overwrite=True "${switches[@]}" 2>&1 | tail -1
+    [ ${PIPESTATUS[0]} = 124 ] || return 0
     mkdir -p $run
-    cp out/equal_time/${form}_$seed/metrics.jsonl $run/
-done; done
+    cp $out/metrics.jsonl $run/
+}
+export data
+export -f one
+for seed in $seeds; do for form in ${FORMS:-tau dot dot_flash}; do echo "$form $seed"; done; done |
+    xargs -L 1 -P ${WORKERS:-2} bash -c 'one "$@"' one
 show python plot.py results/equal_time/* --out=results/equal_time.png --overwrite

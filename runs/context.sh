@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# What becomes of the loss where a text is longer than those a model was trained on, and what the stream's bins cost? Two small
+# models, the published form and the best one, whose temperatures are learned and sharp, on a JSONL file of yours:
+#
+#     bash runs/context.sh FILE.jsonl
+#
+# The table goes to results/context.json.
+[ $# -ge 1 ] || { echo 'usage: bash runs/context.sh FILE.jsonl' >&2; exit 2; }
+[ -f "$1" ] || { echo "runs/context.sh: $1 does not exist" >&2; exit 2; }
+jsonl=$(realpath "$1")
+. "$(dirname "$0")/setup.sh"
+
+data=data/advisories
+[ -f $data/meta.json ] || show python data/jsonl/prepare.py "$jsonl" --out_dir=$data --vocab_size=2048 --val_fraction=0.05
+[ -f $data/embeddings.npy ] || show python data/embed.py $data --dim=128
+[ -f $data/laplacian.parquet ] || show python build_laplacian.py $data/embeddings.npy --out=$data/laplacian.parquet
+show python train.py configs/study.toml --init_from=auto --data_dir=$data --out_dir=out/context/published
+show python train.py configs/study.toml --init_from=auto --data_dir=$data --out_dir=out/context/best --temperature=0.1 \
+    --learn_temperature=True --forget=gate --conv=4 --key_bias=True --output_gate=True --spectral_filter=True --tau_rope=False \
+    --local_heads=2
+show python bench.py context --runs out/context/published out/context/best --data_dir=$data
