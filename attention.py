@@ -1,21 +1,27 @@
 """tau attention: the operator. One scalar lambda a token and head takes the place of query and key vectors.
 
-tau_attention() is what model.py calls. naive() is its definition; the other two compute the same in O(T log T): `walk`
-(attention.cpp, compiled at first use, CPU) and `tree` (plain torch, any device). README, "Why this is fast", explains
-them."""
+tau_attention() is what model.py calls. naive() is its definition. Two compute the same in O(T log T): `walk` (attention.cpp,
+compiled at first use, CPU) and `tree` (plain torch, any device); README, "Why this is fast", explains them. `triton`
+(attention_triton.py) computes it densely in a GPU's fast memory."""
 
+import fcntl
 import functools
 import hashlib
+import importlib.util
+import json
 import logging
 import math
 import os
 import platform
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-IMPLS = ("auto", "naive", "tree", "walk")
+IMPLS = ("auto", "naive", "tree", "walk", "triton")
+TRITON_WIDTH = 128  # the widest head of impl="triton"
+MEASURED = Path(__file__).with_name("results") / "attention_cuda.json"
 LEAF = 32  # tree: tokens whose pairs are summed directly, at most
 NOTHING = -1e30  # log of a sum of nothing
 
@@ -34,11 +40,13 @@ def tau_attention(lambda_q, lambda_k, v, temperature, log_decay=None, key_bias=N
     log_decay    (B, H, T) or (H,), <= 0: what a step forward costs
     key_bias     (B, Hkv, T)
     impl         "naive": dense, O(T^2) time and memory. "walk": compiled, CPU. "tree": plain torch. Both O(T log T) time
-                 and O(T D) memory, exact, and only for Tq = T. "auto": the fastest that applies.
+                 and O(T D) memory, exact. "triton": GPU, D <= 128, O(T^2) time and O(T D) memory. The last three only for
+                 Tq = T. "auto": the fastest that applies.
 
-    Returns (B, H, Tq, D) in v's dtype, computed in float32 (float64 if v is that), under autocast too. Differentiable
-    in every float input. Raises ValueError for shapes that do not fit, for an impl that is unknown or does not apply,
-    and, in autograd's anomaly mode, for inputs that are not finite.
+    Returns (B, H, Tq, D) in v's dtype, computed in float32 (float64 if v is that), under autocast too; triton multiplies
+    weights and values in v's dtype and is never finer than float32. Differentiable in every float input. Raises ValueError
+    for shapes that do not fit, for an impl that is unknown or does not apply, and, in autograd's anomaly mode, for inputs
+    that are not finite.
     """
     B, H, Tq = lambda_q.shape
     Hkv, T, D = v.shape[1:]
@@ -52,17 +60,24 @@ def tau_attention(lambda_q, lambda_k, v, temperature, log_decay=None, key_bias=N
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r}: one of {', '.join(IMPLS)}")
     if impl == "auto":
-        impl = "naive" if Tq < T else fastest(v.device.type, "short" if T < 256 else "long" if T >= 4096 else "medium")
-    elif impl != "naive" and Tq < T:
+        device = v.device.type if D <= TRITON_WIDTH and v.dtype is not torch.float64 else f"{v.device.type}, wide"
+        impl = "naive" if Tq < T else fastest(device, "short" if T < 256 else "long" if T >= long_from(device) else "medium")
+    elif impl == "triton":
+        check_triton(v)
+    if impl != "naive" and Tq < T:
         raise ValueError(f"impl={impl!r} needs a query for every key, not {Tq} for {T}")
     with torch.autocast(v.device.type, enabled=False):
         slope = log_decay is not None and log_decay.ndim == 1
         double = v.dtype is torch.float64 or slope and impl == "walk"  # the slope's gradient sums T^2 / 2 lags
         inputs = [x.to(torch.float64 if double else torch.float32) for x in (lambda_q, lambda_k, v)]
+        if impl == "triton" and v.dtype in (torch.bfloat16, torch.float16):
+            inputs[2] = v
         if impl == "naive":
             return naive(*inputs, temperature, log_decay, key_bias).to(v.dtype)
         scalar = torch.float32 if v.device.type == "mps" else torch.float64  # positions and log weights
-        temperature = torch.as_tensor(temperature, dtype=scalar, device=v.device).expand(H)
+        if not torch.is_tensor(temperature):
+            temperature = torch.full((), temperature, dtype=scalar, device=v.device)
+        temperature = temperature.to(v.device, scalar).expand(H)
         if log_decay is not None:
             log_decay = (log_decay if log_decay.ndim == 3 else log_decay[:, None].expand(B, H, T)).to(scalar).cumsum(-1)
         if key_bias is not None:
@@ -111,7 +126,8 @@ def add_terms(logits, log_decay, key_bias):
 def fast_attention(lambda_q: torch.Tensor, lambda_k: torch.Tensor, v: torch.Tensor, temperature: torch.Tensor,
                    decay: torch.Tensor | None, bias: torch.Tensor | None,
                    impl: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return backend(impl).forward(*contiguous(lambda_q, lambda_k), dense_rows(v), *contiguous(temperature, decay, bias))
+    with float32_on_device_of(v):
+        return backend(impl).forward(*contiguous(lambda_q, lambda_k), dense_rows(v), *contiguous(temperature, decay, bias))
 
 
 @torch.library.custom_op("tauformer::attention_backward", mutates_args=())
@@ -120,15 +136,18 @@ def fast_attention_backward(grad: torch.Tensor, lambda_q: torch.Tensor, lambda_k
                             out: torch.Tensor, lse: torch.Tensor, diff: torch.Tensor, diff_one: torch.Tensor, impl: str
                             ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of lambda_q, lambda_k, v, temperature, and (B, H, T) of the log weight of every key."""
-    return backend(impl).backward(dense_rows(grad), *contiguous(lambda_q, lambda_k), dense_rows(v),
-                                  *contiguous(temperature, decay, bias), out, lse, diff, diff_one)
+    with float32_on_device_of(v):
+        return backend(impl).backward(dense_rows(grad), *contiguous(lambda_q, lambda_k), dense_rows(v),
+                                      *contiguous(temperature, decay, bias), out, lse, diff, diff_one)
 
 
 @fast_attention.register_fake
 def _(lambda_q, lambda_k, v, temperature, decay, bias, impl):
     (B, H, T), D = lambda_q.shape, v.shape[-1]
-    return (v.new_empty(B, T, H, D).transpose(1, 2), temperature.new_empty(B, H, T), v.new_empty(B, H, T, D),
-            v.new_empty(B, H, T))
+    out, lse = v.new_empty(B, T, H, D).transpose(1, 2), temperature.new_empty(B, H, T)
+    if impl == "triton":
+        return out, lse, v.new_empty(0), v.new_empty(0)
+    return out, lse, v.new_empty(B, H, T, D), v.new_empty(B, H, T)
 
 
 @fast_attention_backward.register_fake
@@ -159,6 +178,18 @@ def _backward(ctx, grad, *_):
 fast_attention.register_autograd(_backward, setup_context=_save)
 
 
+@contextmanager
+def float32_on_device_of(v):
+    """On the GPU of v, and with float32 products in float32 also where training has set them to TF32."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.cuda.device_of(v):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
 def contiguous(*tensors):
     return [tensor.contiguous() if tensor is not None else None for tensor in tensors]
 
@@ -173,33 +204,74 @@ def by_token(x):
 
 
 def backend(impl):
+    if impl == "triton":
+        import attention_triton
+        return attention_triton
     return load_walk() if impl == "walk" else Tree
 
 
 def fastest(device, context):
-    """The impl that "auto" takes on a device: "short" contexts below 256 tokens, "long" ones from 4,096 on."""
+    """The impl that "auto" takes on a device: "short" contexts below 256 tokens, "long" ones from long_from(device) on."""
     return _fastest(device, context)
 
 
+def long_from(device):
+    """The tokens from which on a GPU the tree is the faster one, by the file that `bench.py attention --device=cuda` writes."""
+    return _long_from(device)
+
+
 # torch.compile asks once and does not look inside: torch.compiler.assume_constant_result, without the seconds of its import
-fastest._dynamo_marked_constant = True
+fastest._dynamo_marked_constant = long_from._dynamo_marked_constant = True
+
+
+@functools.cache
+def _long_from(device):
+    if device != "cuda" or not gpu_kernels():
+        return 4096
+    if not MEASURED.exists():
+        return 16384
+    seconds = {(row["impl"], row["T"]): row["forward_backward_ms"] for row in json.loads(MEASURED.read_text())["rows"]}
+    return min((T for impl, T in seconds if impl == "tree" and seconds[impl, T] < seconds.get(("triton", T), 0)), default=sys.maxsize)
 
 
 @functools.cache
 def _fastest(device, context):  # says its choice, where there is one, and so once, on standard error
-    if context == "short":
+    tiles = device == "cuda" and gpu_kernels()
+    if context == "short" and not tiles:
         return "naive"
-    if device == "cpu":
+    if device.startswith("cpu"):
         try:
             load_walk()
             impl, reason = "walk", "compiled for this CPU"
         except Exception as error:  # no compiler, or one that does not know this code
             impl, reason = "tree", f"attention.cpp could not be compiled: {str(error).splitlines()[0]}"
     else:
-        impl, reason = ("tree", "from 4,096 tokens on") if context == "long" else ("naive", "below 4,096 tokens")
+        impl = "tree" if context == "long" else "triton" if tiles else "naive"
+        reason = f"{'from' if context == 'long' else 'below'} {long_from(device):,} tokens{' on' if context == 'long' else ''}"
+        if device == "cuda" and not tiles:
+            reason += ", without the package triton or a GPU of compute capability 8.0"
     if os.environ.get("RANK", "0") == "0":
         print(f"tau attention on {device}: {impl} ({reason})", file=sys.stderr)
     return impl
+
+
+@functools.cache
+def gpu_kernels():
+    """Whether attention_triton.py can be used."""
+    return (importlib.util.find_spec("triton") is not None and torch.cuda.is_available() and torch.version.hip is None
+            and torch.cuda.get_device_capability() >= (8, 0))
+
+
+def check_triton(v):
+    """Raises ValueError where impl="triton" does not apply to these values."""
+    try:
+        from attention_triton import INTERPRETED
+    except ImportError as error:
+        raise ValueError(f"impl='triton' needs the package triton: {error}") from None
+    if v.device.type != "cuda" and not INTERPRETED:
+        raise ValueError(f"impl='triton' needs a CUDA device, not {v.device.type}; on a CPU TRITON_INTERPRET=1 tries it, slowly")
+    if v.size(3) > TRITON_WIDTH or v.dtype is torch.float64:
+        raise ValueError(f"impl='triton' is for values of {TRITON_WIDTH} numbers at most, of 16 or 32 bits, not {v.size(3)} of {v.dtype}")
 
 
 @functools.cache
@@ -212,18 +284,23 @@ def compiled(source, namespace):
     cache of extensions."""
     import ninja
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of absent CUDA, not needed here
-    from torch.utils.cpp_extension import load
-    source = Path(__file__).with_name(source)
+    from torch.utils.cpp_extension import get_default_build_root, load
+    source = Path(__file__).parent / source
     processor = Path("/proc/cpuinfo")
     flags = next((line for line in processor.read_text().splitlines() if line.startswith(("flags", "Features"))), "") \
         if processor.exists() else ""
     digest = hashlib.sha256((source.read_text() + torch.__version__ + platform.processor() + flags).encode()).hexdigest()[:16]
-    path = os.environ["PATH"]
+    path, name = os.environ["PATH"], f"{namespace}_{digest}"
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()) / name
+    folder.mkdir(parents=True, exist_ok=True)
     os.environ["PATH"] = ninja.BIN_DIR + os.pathsep + path
     try:
         threads = ["-fopenmp"] if sys.platform == "linux" else []  # elsewhere one thread: torch brings no headers for it
-        load(f"{namespace}_{digest}", [str(source)], extra_cflags=["-O3", "-march=native", "-std=c++20", *threads],
-             extra_ldflags=threads, is_python_module=False)
+        with open(folder / "ours.lock", "w") as ours:  # one process compiles; the system frees this lock when it is killed,
+            fcntl.flock(ours, fcntl.LOCK_EX)           # but not torch's own, for which all later ones would wait without end
+            (folder / "lock").unlink(missing_ok=True)
+            load(name, [str(source)], extra_cflags=["-O3", "-march=native", "-std=c++20", *threads], extra_ldflags=threads,
+                 build_directory=str(folder), is_python_module=False)
     finally:
         os.environ["PATH"] = path
     return getattr(torch.ops, namespace)
@@ -310,50 +387,60 @@ class Tree:
         total, diff = (weight @ leaf_rows).view(N, padded, E), (signed @ leaf_rows).view(N, padded, E)
         scale = (scale + leaf(wr)).view(N, padded)
 
+        one_level = Tree.level
+        if rows.is_cuda and rows.dtype is torch.float32 and gpu_kernels():
+            from attention_triton import level as one_level
         for level in range(1, levels + 1):
-            half = C * 2**(level - 1)
-            pair = lambda x, right: x.view(N, -1, 2, half, *x.shape[2:])[:, :, int(right)]  # (N, pairs, half, ...)
-            x, order = pair(xs, backward).sort(stable=True)  # the sources, by position
-            w = pair(ws, backward).gather(-1, order)
-            pairs = x.shape[1]
-            begin = torch.arange(pairs, device=device)[:, None] * 2 * half + half * backward
-            chunk = lambda x: x.unflatten(2, (-1, C))  # (N, pairs, chunks, C, ...)
-            source_rows = chunk(rows[(head[..., None] + begin + order).flatten()].view(N, pairs, half, E))
-
-            # sources below a receiver; a tie counts as a key below the query
-            position, log_weight = pair(xr, not backward).contiguous(), pair(wr, not backward)
-            rank = torch.searchsorted(x, position, right=not backward)
-            mine = lambda x: pair(x, not backward)
-            parts = []
-            for up in (True, False):
-                # sum_j of the sources from the first one to j, in the scale reach_j; downwards, from the last one
-                value = w + x if up else w - x
-                reach = value.cummax(-1)[0] if up else value.flip(-1).cummax(-1)[0].flip(-1)
-                reach_c = chunk(reach)
-                inside = (chunk(value)[..., None, :] - reach_c[..., :, None]).to(rows.dtype)
-                inside.masked_fill_(future if up else future.T, -torch.inf)
-                sums = inside.exp_() @ source_rows  # (N, pairs, chunks, C, E)
-                if half > C:  # and of all chunks before
-                    ends = reach_c[..., -1 if up else 0]  # (N, pairs, chunks)
-                    before, later = ends.roll(1 if up else -1, -1), ahead(half // C, device, 0)
-                    carry = ends[..., None, :] - before[..., :, None]
-                    carry = carry.masked_fill(later if up else later.T, -torch.inf).to(rows.dtype).exp()
-                    state = carry @ sums[..., -1 if up else 0, :]  # (N, pairs, chunks, E)
-                    share = (before[..., None] - reach_c).clamp_max(0).to(rows.dtype).exp()
-                    sums.addcmul_(share[..., None], state[..., None, :])
-                at = rank - int(up)
-                none, at = (at < 0) | (at >= half), at.clamp(0, half - 1)
-                reached = reach.gather(-1, at) + (log_weight - position if up else log_weight + position)
-                at = at + torch.arange(N * pairs, device=device).view(N, pairs, 1) * half
-                parts.append((sums.view(-1, E)[at.flatten()].view(N, pairs, half, E), reached.masked_fill(none, NOTHING)))
-
-            (below, below_scale), (above, above_scale) = parts
-            highest = torch.maximum(mine(scale), torch.maximum(below_scale, above_scale))
-            factor = lambda x: (x - highest).to(rows.dtype).exp()[..., None]
-            below.mul_(factor(below_scale))
-            above.mul_(factor(above_scale))
-            kept = factor(mine(scale))
-            mine(total).mul_(kept).add_(below).add_(above)
-            mine(diff).mul_(kept).add_(below, alpha=plus).sub_(above, alpha=plus)
-            mine(scale).copy_(highest)
+            one_level(xs, ws, rows, head, xr, wr, total, diff, scale, C * 2**(level - 1), C, backward)
         return total[:, :T], diff[:, :T], scale[:, :T]
+
+    @staticmethod
+    def level(xs, ws, rows, head, xr, wr, total, diff, scale, half, C, backward):
+        """From the sources in one half of every 2 half tokens to the receivers in the other; total, diff, scale in place."""
+        N, padded = xs.shape
+        E, device = rows.shape[-1], rows.device
+        plus, future = -1 if backward else 1, ahead(C, device)
+        pair = lambda x, right: x.view(N, -1, 2, half, *x.shape[2:])[:, :, int(right)]  # (N, pairs, half, ...)
+        x, order = pair(xs, backward).sort(stable=True)  # the sources, by position
+        w = pair(ws, backward).gather(-1, order)
+        pairs = x.shape[1]
+        begin = torch.arange(pairs, device=device)[:, None] * 2 * half + half * backward
+        chunk = lambda x: x.unflatten(2, (-1, C))  # (N, pairs, chunks, C, ...)
+        source_rows = chunk(rows[(head[..., None] + begin + order).flatten()].view(N, pairs, half, E))
+
+        # sources below a receiver; a tie counts as a key below the query
+        position, log_weight = pair(xr, not backward).contiguous(), pair(wr, not backward)
+        rank = torch.searchsorted(x, position, right=not backward)
+        mine = lambda x: pair(x, not backward)
+        parts = []
+        for up in (True, False):
+            # sum_j of the sources from the first one to j, in the scale reach_j; downwards, from the last one
+            value = w + x if up else w - x
+            reach = value.cummax(-1)[0] if up else value.flip(-1).cummax(-1)[0].flip(-1)
+            reach_c = chunk(reach)
+            inside = (chunk(value)[..., None, :] - reach_c[..., :, None]).to(rows.dtype)
+            inside.masked_fill_(future if up else future.T, -torch.inf)
+            sums = inside.exp_() @ source_rows  # (N, pairs, chunks, C, E)
+            if half > C:  # and of all chunks before
+                ends = reach_c[..., -1 if up else 0]  # (N, pairs, chunks)
+                before, later = ends.roll(1 if up else -1, -1), ahead(half // C, device, 0)
+                carry = ends[..., None, :] - before[..., :, None]
+                carry = carry.masked_fill(later if up else later.T, -torch.inf).to(rows.dtype).exp()
+                state = carry @ sums[..., -1 if up else 0, :]  # (N, pairs, chunks, E)
+                share = (before[..., None] - reach_c).clamp_max(0).to(rows.dtype).exp()
+                sums.addcmul_(share[..., None], state[..., None, :])
+            at = rank - int(up)
+            none, at = (at < 0) | (at >= half), at.clamp(0, half - 1)
+            reached = reach.gather(-1, at) + (log_weight - position if up else log_weight + position)
+            at = at + torch.arange(N * pairs, device=device).view(N, pairs, 1) * half
+            parts.append((sums.view(-1, E)[at.flatten()].view(N, pairs, half, E), reached.masked_fill(none, NOTHING)))
+
+        (below, below_scale), (above, above_scale) = parts
+        highest = torch.maximum(mine(scale), torch.maximum(below_scale, above_scale))
+        factor = lambda x: (x - highest).to(rows.dtype).exp()[..., None]
+        below.mul_(factor(below_scale))
+        above.mul_(factor(above_scale))
+        kept = factor(mine(scale))
+        mine(total).mul_(kept).add_(below).add_(above)
+        mine(diff).mul_(kept).add_(below, alpha=plus).sub_(above, alpha=plus)
+        mine(scale).copy_(highest)

@@ -100,7 +100,7 @@ def begin(impl, B, T, threads, device):
     that of the process and of the inputs."""
     global calls
     torch.set_num_threads(threads)
-    operator(impl, 1, 128, device)[1]()
+    operator(impl, *((1, 128) if device == "cpu" else (B, T)), device)[1]()  # on a GPU the tiles are tuned on what is measured
     calls = operator(impl, B, T, device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -294,7 +294,7 @@ def draw_decode(rows):
 
 @torch.no_grad()
 def bench_context(args):
-    """Loss of trained models on 50,000 tokens of validation text, in windows 8 times as long as those they were trained on, and by
+    """Loss of trained models on at least 50,000 tokens of validation text, in windows 8 times as long as those they were trained on, and by
     the position in the window, with each cache."""
     if not args.runs or not args.data_dir:
         raise UserError("context: name trained models with --runs OUT_DIR ..., and their text with --data_dir")
@@ -303,7 +303,9 @@ def bench_context(args):
         path = checkpoint.find(out_dir)
         model = checkpoint.build_model(*checkpoint.read(path), path).eval()
         T = model.config.block_size
-        windows = torch.from_numpy(corpus.batch(np.arange(SCORED // (8 * T)) * 8 * T, 8 * T, "val"))
+        if len(corpus.val) <= SCORED + 8 * T:
+            raise UserError(f"{args.data_dir}: {len(corpus.val):,} tokens of validation are too few for {SCORED:,} and a window of {8 * T:,}")
+        windows = torch.from_numpy(corpus.batch(np.arange(-(-SCORED // (8 * T))) * 8 * T, 8 * T, "val"))
         losses = {}
         for kind, cache in (("plain", lambda: Cache(model.config, 8 * T)), ("exact", lambda: ExactCache(model.config, 8 * T)),
                             ("stream", lambda: StreamCache(model.config))):
@@ -428,17 +430,19 @@ def bench_laplacian(args):
 
 
 def kernel_resources(what):
-    """What ptxas says of a kernel: its name in attention_triton, tile, width of a head, type of the values, compute capability."""
+    """What ptxas says of a kernel: its name in attention_triton, tile, width of a head, type of the values, whether with decay and
+    bias, compute capability."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
     import attention_triton
-    name, (M, N, warps, stages), width, values, capability = what
+    name, (M, N, warps, stages), width, values, terms, capability = what
     kernel = triton.jit(getattr(attention_triton, name))
     constants = {"WIDTH": width, "INTERPRET": False, "BACKWARD": False, "M": M, "N": N, "C": M, "COLS": N}
+    constants |= {} if terms else dict.fromkeys(("decay", "bias", "oldest", "newest"))
     types = {"v": values, "out": values, "grad": values, "grad_v": values, "oldest": "i32", "newest": "i32", "order": "i64"} | dict.fromkeys(
-        ("lambda_q", "lambda_k", "delta", "grad_q", "grad_k", "moment", "rows", "total", "diff"), "fp32") | dict.fromkeys(
+        ("lambda_q", "lambda_k", "delta", "grad_q", "grad_k", "moment", "values", "total", "diff"), "fp32") | dict.fromkeys(
         ("temperature", "decay", "bias", "lse", "grad_weight", "x", "w", "weight", "scale", "new_scale"), "fp64")
     signature = {p: "constexpr" if p in constants else "*" + types[p] if p in types else "fp32" if p == "sign" else "i32"
                  for p in kernel.arg_names}
@@ -451,16 +455,16 @@ def kernel_resources(what):
                                ptx, "-o", os.devnull], capture_output=True, text=True, check=True).stderr
     number = lambda pattern: int(re.search(pattern, said)[1])
     return {"kernel": name, "tile": f"{M} x {N}", "warps": warps, "stages": stages, "head_size": width, "values": values,
-            "capability": capability / 10, "registers": number(r"Used (\d+) registers"), "shared_kb": compiled.metadata.shared / 2**10,
+            "decay_and_bias": terms, "capability": capability / 10, "registers": number(r"Used (\d+) registers"), "shared_kb": compiled.metadata.shared / 2**10,
             "spilled_bytes": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")}
 
 
 def bench_triton(args):
     """Compile every kernel with every tile that autotuning may take, ahead of time. Ends with an error where one does not fit."""
     from attention_triton import KERNELS, LEVEL_TILE
-    every = [(kernel.__name__, tile, width, values, capability) for kernel, tiles in KERNELS.items() for tile in tiles
-             for width in (32, 64, 128) for values in ("bf16", "fp32") for capability in SHARED_KB]
-    every += [("level_kernel", LEVEL_TILE, 0, "fp32", capability) for capability in SHARED_KB]
+    every = [(kernel.__name__, tile, width, values, terms, capability) for kernel, tiles in KERNELS.items() for tile in tiles
+             for width in (64, 128) for values in ("bf16", "fp32") for terms in (False, True) for capability in SHARED_KB]
+    every += [("level_kernel", LEVEL_TILE, 0, "fp32", True, capability) for capability in SHARED_KB]
     with multiprocessing.get_context("spawn").Pool() as pool:
         rows = list(tqdm(pool.imap(kernel_resources, every), total=len(every), disable=None))
     write("triton_resources", rows, args)
@@ -496,6 +500,8 @@ def main():
     options.add_argument("--repeats", type=int, default=5, help="runs, of which the median (default: %(default)s)")
     options.add_argument("--steps", type=int, default=3, help="train_step: steps of a run (default: %(default)s)")
     args = options.parse_args()
+    if args.device == "cuda" and args.what != "attention":
+        raise UserError("--device=cuda is for attention")
     for name, least in (("longest", 1024), ("repeats", 1), ("steps", 1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name}={getattr(args, name)} must be at least {least}")

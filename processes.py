@@ -55,7 +55,8 @@ def wrapped(model, device, shard, compile):
     model.to(device)
     called = torch.compile(model) if compile else model
     if shard == "ddp" and WORLD > 1:
-        called = DistributedDataParallel(called, device_ids=[device.index] if device.type == "cuda" else None)
+        called = DistributedDataParallel(called, device_ids=[device.index] if device.type == "cuda" else None,
+                                         gradient_as_bucket_view=True)
     return called
 
 

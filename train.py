@@ -16,7 +16,7 @@ import sys
 import time
 import zipfile
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -251,6 +251,15 @@ def memory_needed(model, settings):
     return 4 * (weights + tokens * config.n_layer * config.n_embd * kept + logits)
 
 
+def fitting(model, settings, gigabytes):
+    """(batch_size, grad_accum_steps) for the same tokens a step with the greatest batch that memory_needed() lets in."""
+    sequences = settings.batch_size * settings.grad_accum_steps
+    for batch_size in range(sequences, 0, -1):
+        if sequences % batch_size == 0 and memory_needed(model, replace(settings, batch_size=batch_size)) <= gigabytes * 2**30:
+            return batch_size, sequences // batch_size
+    return None
+
+
 def main():
     settings, given = parse(__doc__)
     with memory_errors_named(settings):
@@ -368,6 +377,9 @@ def train(settings, given):
         return (f"validation loss {record['loss']:.4f}, perplexity {record['perplexity']:.1f}, "
                 f"bits per byte {record['bits_per_byte']:.3f}")
 
+    batch_of = lambda step, micro: to_device(training_batch(corpus, settings, T, step, micro), device)
+    ahead = {}
+
     def training_step():
         """One step: (loss, norm of the gradient, whether to stop, whether to save), the last two as signals to any
         process asked. The update is made unless the step is bad."""
@@ -377,12 +389,13 @@ def train(settings, given):
         total = torch.zeros((), device=device)
         for micro in micro_batches:
             torch.manual_seed(np.random.SeedSequence([settings.seed, step, micro]).generate_state(1)[0].item())
-            idx, targets = to_device(training_batch(corpus, settings, T, step, micro), device)
+            idx, targets = ahead.pop((step, micro), None) or batch_of(step, micro)
             with no_sync(model) if micro != micro_batches[-1] else nullcontext():
                 with autocast:
                     loss = model(idx, targets) / len(micro_batches)  # the processes' gradients are averaged
                 loss.backward()
             total += loss.detach()
+        ahead[step + 1, micro_batches[0]] = batch_of(step + 1, micro_batches[0])  # while a GPU still computes
         grad_norm = whole(torch.nn.utils.clip_grad_norm_(weights, settings.grad_clip or math.inf)).item()
         loss, to_stop, to_save = summed([total.item() / WORLD, asked["stop"], asked["save"]], device)
         asked["save"] = False
@@ -437,6 +450,9 @@ def train(settings, given):
                   f"tokens           {tokens_per_step:,} a step, {tokens_per_step * settings.max_steps:,} in all\n"
                   f"memory           {memory_needed(raw_model, settings) / 2**30:.2f} GB on each device by counting in float32, "
                   f"{peak_mem_mb(device) / 2**10:.2f} GB at the peak of these steps\n"
+                  f"batch            " + "; ".join(f"in {gigabytes} GB " + (
+                      "batch_size = {} and grad_accum_steps = {}".format(*fits) if (fits := fitting(raw_model, settings, gigabytes))
+                      else "not one sequence") for gigabytes in (24, 40, 80)) + "\n"
                   f"time             {seconds:.2f} s a step, {tokens_per_step / seconds:,.0f} tokens/s, "
                   f"{timedelta(seconds=round(seconds * left))} h for {left:,} steps, without validation")
         return

@@ -3,11 +3,12 @@ import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from attention import fast_attention, tau_attention
+from attention import compiled, fast_attention, tau_attention
 from conftest import ROOT
 
 
@@ -92,17 +93,17 @@ FACTORS = {
 }
 
 
-def pairwise():
+def pairwise(factors):
     """Rows of the table in which any two values of any two columns meet."""
-    generator, names = random.Random(0), list(FACTORS)
+    generator, names = random.Random(0), list(factors)
     missing = {(a, x, b, y) for i, a in enumerate(names) for b in names[i + 1:]
-               for x in range(len(FACTORS[a])) for y in range(len(FACTORS[b]))}
+               for x in range(len(factors[a])) for y in range(len(factors[b]))}
     while missing:
-        candidates = [{name: generator.randrange(len(values)) for name, values in FACTORS.items()} for _ in range(200)]
+        candidates = [{name: generator.randrange(len(values)) for name, values in factors.items()} for _ in range(200)]
         met = lambda row: {pair for pair in missing if row[pair[0]] == pair[1] and row[pair[2]] == pair[3]}
         best = max(candidates, key=lambda row: len(met(row)))
         missing -= met(best)
-        yield {name: FACTORS[name][index] for name, index in best.items()}
+        yield {name: factors[name][index] for name, index in best.items()}
 
 
 def table_inputs(T, D, heads, temperature, lambdas, log_decay, key_bias):
@@ -124,11 +125,11 @@ def table_inputs(T, D, heads, temperature, lambdas, log_decay, key_bias):
 def value_and_gradients(inputs, impl, dtype):
     inputs = [tensor.to(dtype, copy=True).requires_grad_() if tensor is not None else None for tensor in inputs]
     out = tau_attention(*inputs, impl=impl)
-    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype))
+    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out))
     return [out.detach(), *(tensor.grad if tensor is not None else None for tensor in inputs)]
 
 
-@pytest.mark.parametrize("row", list(pairwise()), ids=lambda row: "-".join(str(value) for value in row.values()))
+@pytest.mark.parametrize("row", list(pairwise(FACTORS)), ids=lambda row: "-".join(str(value) for value in row.values()))
 def test_fast_equals_reference(row):
     inputs = table_inputs(**row)
     expected = value_and_gradients(inputs, "naive", torch.float64)
@@ -235,6 +236,18 @@ def test_walk_does_not_depend_on_its_threads(threads):
         finally:
             torch.set_num_threads(before)
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(results, expected))
+
+
+def test_a_process_killed_while_it_compiled_does_not_hold_up_others(tmp_path, monkeypatch):
+    source = tmp_path / "tiny.cpp"
+    source.write_text("#include <torch/library.h>\nint64_t half(int64_t x) { return x / 2; }\n"
+                      'TORCH_LIBRARY(tauformer_tiny, library) { library.def("half(int x) -> int", &half); }\n')
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    with monkeypatch.context() as killed:
+        killed.setattr("torch.utils.cpp_extension.load", lambda *args, build_directory, **more: (Path(build_directory) / "lock").touch())
+        compiled(source, "tauformer_tiny")
+    assert list(tmp_path.glob("*/lock"))
+    assert compiled(source, "tauformer_tiny").half(6) == 3
 
 
 def test_without_a_compiler_the_fallback_is_announced(tmp_path):

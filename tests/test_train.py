@@ -265,6 +265,7 @@ def test_dry_run_writes_nothing(here):
     out = ok("train.py", ROOT / "configs" / "quickstart_published.toml", "--data_dir=docs", "--n_embd=32", "--dry_run=True", cwd=here)
     parameters = 2 * 300 * 32 + 4 * 12 * 32 * 32
     assert f"parameters       {parameters:,}\n" in out and "tokens           2,048 a step, 3,072,000 in all\n" in out
+    assert "in 24 GB batch_size = 16 and grad_accum_steps = 1" in out
     assert "h for 1,500 steps" in out and sorted(path.name for path in here.iterdir()) == ["docs", "small.toml"]
 
 
