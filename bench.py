@@ -302,6 +302,9 @@ def bench_context(args):
     for out_dir in args.runs:
         path = checkpoint.find(out_dir)
         model = checkpoint.build_model(*checkpoint.read(path), path).eval()
+        if model.config.attention != "tau" or model.config.vocab_size != corpus.vocab_size:
+            raise UserError(f"{out_dir}: context is for attention = \"tau\" and the text a model was trained on; this is attention = "
+                            f"\"{model.config.attention}\" of {model.config.vocab_size:,} tokens, {args.data_dir} has {corpus.vocab_size:,}")
         T = model.config.block_size
         if len(corpus.val) <= SCORED + 8 * T:
             raise UserError(f"{args.data_dir}: {len(corpus.val):,} tokens of validation are too few for {SCORED:,} and a window of {8 * T:,}")
@@ -461,7 +464,10 @@ def kernel_resources(what):
 
 def bench_triton(args):
     """Compile every kernel with every tile that autotuning may take, ahead of time. Ends with an error where one does not fit."""
-    from attention_triton import KERNELS, LEVEL_TILE
+    try:
+        from attention_triton import KERNELS, LEVEL_TILE
+    except ImportError as error:
+        raise UserError(f"triton needs the package triton: pip install triton==3.9.0 ({error})") from None
     every = [(kernel.__name__, tile, width, values, terms, capability) for kernel, tiles in KERNELS.items() for tile in tiles
              for width in (64, 128) for values in ("bf16", "fp32") for terms in (False, True) for capability in SHARED_KB]
     every += [("level_kernel", LEVEL_TILE, 0, "fp32", True, capability) for capability in SHARED_KB]

@@ -162,8 +162,8 @@ class StreamCache(CompiledCache):
 
     [0, 1) is cut into bins, BINS for each unit of a head's temperature, as long as all layers' states take STATE_BYTES at most
     for a batch of one; beyond it the heads with the most bins get fewer, and `width`, the greatest h, says so. Keys in other
-    bins than the query's count exactly. In its own bin, of width h = 1 / (bins temperature) in units of the logit, each key's weight is wrong
-    by a factor between 1 - h/2 and 1 + h/2, to first order in h. A head's output is thus off by at most
+    bins than the query's count exactly. In its own bin, of width h = 1 / (bins temperature) in units of the logit, each key's
+    weight is wrong by a factor between 1 - h/2 and 1 + h/2, to first order in h. A head's output is thus off by at most
     h share max|v - out|, share being the weight that the query's own bin has of the whole.
     (Sums over bins: "Topological Transformer", conclusion, has them as per-centroid aggregates.)"""
 
