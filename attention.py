@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from common import UserError
+
 IMPLS = ("auto", "naive", "tree", "walk", "triton")
 TRITON_WIDTH = 128  # the widest head of impl="triton"
 MEASURED = Path(__file__).with_name("results") / "attention_cuda.json"
@@ -230,7 +232,10 @@ def _long_from(device):
         return 4096
     if not MEASURED.exists():
         return 16384
-    seconds = {(row["impl"], row["T"]): row["forward_backward_ms"] for row in json.loads(MEASURED.read_text())["rows"]}
+    try:
+        seconds = {(row["impl"], row["T"]): row["forward_backward_ms"] for row in json.loads(MEASURED.read_text())["rows"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{MEASURED} is damaged ({error}): remove it, or make it again with `bench.py attention --device=cuda`") from None
     return min((T for impl, T in seconds if impl == "tree" and seconds[impl, T] < seconds.get(("triton", T), 0)), default=sys.maxsize)
 
 

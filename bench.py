@@ -1,10 +1,11 @@
-"""Measure: the attention operator, a whole training step, decoding, whether training curves agree, and the build of a Laplacian.
+"""Measure: the attention operator, a whole training step, decoding, whether training curves agree, what bfloat16 costs, and the build of a Laplacian.
 
     python bench.py attention                     # against flash SDPA, 256 to 65,536 tokens; --device=cuda: on a GPU
     python bench.py train_step --nanogpt=DIR      # the 30M model, and nanoGPT's from a checkout of it
     python bench.py decode                        # the 30M model, a token after 128 to 131,072 others
     python bench.py context --runs OUT_DIR ...    # the loss up to 8 times the trained context, by cache (runs/context.sh)
     python bench.py curves                        # 200 steps of the quick start, by every implementation
+    python bench.py precision                     # the quick start in bfloat16, with lambda in float32 and in bfloat16
     python bench.py laplacian                     # the build of a Laplacian, 2,000 to 320,272 rows
     python bench.py triton                        # what the GPU kernels take of registers and shared memory; needs no GPU
 
@@ -23,18 +24,20 @@ import tempfile
 import threading
 import time
 import tomllib
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import build_laplacian
 import checkpoint
 import model as model_file
 import taumode
+import train
 from attention import tau_attention
 from build_laplacian import NpyEmbeddings, laplacian_of, load_laplacian, random_distances
 from cache import Cache, ExactCache, StreamCache
@@ -42,7 +45,7 @@ from common import Parser, UserError, commit, peak_rss_mb, replacing, run
 from config import Settings
 from data.corpus import Corpus
 from data.energy import energies
-from model import ModelConfig, Tauformer
+from model import ModelConfig, Tauformer, bounded
 from train import domain_laplacian, learning_rate, to_device, training_batch
 
 RESULTS = Path(__file__).parent / "results"
@@ -75,7 +78,8 @@ def operator(impl, B, T, device):
 
     def attend():
         if impl == "sdpa":
-            return F.scaled_dot_product_attention(*inputs, is_causal=True)
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                return F.scaled_dot_product_attention(*inputs, is_causal=True)
         return tau_attention(*inputs, temperature=1.0, impl=impl)
 
     def forward():
@@ -218,29 +222,30 @@ def bench_train_step(args):
     write("train_step" + ("_compiled" if args.compile else ""), rows, args)
 
 
-CURVES = [("naive", "float32", False), ("naive", "float32", True), ("walk", "float32", False), ("tree", "float32", False),
-          ("naive", "float64", False), ("walk", "float64", False), ("tree", "float64", False)]
+def published_model(attention):
+    """The published shape with random weights, for contexts of any length."""
+    laplacian = torch.from_numpy(laplacian_of(np.ones((HEAD_SIZE, HEAD_SIZE)) - np.eye(HEAD_SIZE))) / HEAD_SIZE
+    return Tauformer(ModelConfig(block_size=2**18, vocab_size=VOCABULARY, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH,
+                                 attention=attention), laplacian if attention == "tau" else None).eval()
 
 
-def filled(model, cache, n):
-    """The cache after n tokens whose keys and values are random: that of real ones would take hours to make for dot."""
-    config, generator = model.config, torch.Generator().manual_seed(0)
-    numbers = lambda *shape: torch.randn(1, config.n_head, n, *shape, generator=generator)
-    for layer in range(config.n_layer):
-        keys = numbers(config.head_size) if config.attention == "dot" else numbers().sigmoid()
-        values = numbers(config.head_size)
-        cache.attend(layer, lambda *inputs: inputs[2])(keys, keys, values, config.temperature, None, None)
-    cache.length = n
-    return cache
+@torch.no_grad()
+def stream_process_mb(contexts):
+    """{tokens: MB that this process holds after so many of them have gone through the model, 1,024 at a time, and one alone}."""
+    model, found = published_model("tau"), {}
+    cache, generator = StreamCache(model.config), torch.Generator().manual_seed(0)
+    for length in tqdm(range(1024, max(contexts) + 1, 1024), desc="stream's memory", disable=None):
+        model(torch.randint(VOCABULARY, (1, 1023), generator=generator), cache=cache, head=False)
+        model(torch.randint(VOCABULARY, (1, 1), generator=generator), cache=cache)
+        if length in contexts:
+            found[length] = resident_mb()
+    return found
 
 
 def bench_decode(args):
     """One token at a time from each kind of cache in turn: after 1 to 1,024 tokens of its own, the paper's table, and after long
     contexts. Weights are random."""
-    laplacian = torch.from_numpy(laplacian_of(np.ones((HEAD_SIZE, HEAD_SIZE)) - np.eye(HEAD_SIZE))) / HEAD_SIZE
-    models = {attention: Tauformer(ModelConfig(block_size=2**18, vocab_size=VOCABULARY, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH,
-                                               attention=attention), laplacian if attention == "tau" else None).eval()
-              for attention in ("tau", "dot")}
+    models = {attention: published_model(attention) for attention in ("tau", "dot")}
     kinds = {"dot, (K, V)": ("dot", Cache), "tau, dense": ("tau", Cache), "tau, exact": ("tau", ExactCache),
              "tau, stream": ("tau", lambda config, length: StreamCache(config))}
     token = torch.zeros(1, 1, dtype=torch.long)
@@ -257,20 +262,22 @@ def bench_decode(args):
                 times[n, kind].append(time.perf_counter() - start)
         return {key: (times[key], cache.nbytes()) for key, cache in caches.items()}
 
-    rows = []
+    rows, contexts = [], [n for n in LONG_CONTEXTS if n <= args.longest]
+    process_mb = in_own_process(stream_process_mb, contexts)
     with torch.no_grad():
         for repeat in range(args.repeats):
             for (_, kind), (times, size) in measured([0], 1024).items():
                 rows += [{"table": "own tokens", "kind": kind, "context": n, "seconds": times[:n], "cache_mb": size / 1e6}
                          for n in (128, 256, 512, 1024)]
-            for (n, kind), (times, size) in measured([n for n in LONG_CONTEXTS if n <= args.longest], 40).items():
+            for (n, kind), (times, size) in measured(contexts, 40).items():
                 rows.append({"table": "long context", "kind": kind, "context": n, "seconds": times[8:], "cache_mb": size / 1e6})
     results = []
     for table, kind, n in dict.fromkeys((row["table"], row["kind"], row["context"]) for row in rows):
         runs = [row for row in rows if (row["table"], row["kind"], row["context"]) == (table, kind, n)]
         ms = 1e3 * np.array([row["seconds"] for row in runs])
         results.append({"table": table, "kind": kind, "context": n, "p50_ms": float(np.median(ms)), "p95_ms": float(np.percentile(ms, 95)),
-                        "mean_ms": float(np.median(ms.mean(1))), "cache_mb": runs[0]["cache_mb"], "runs": len(runs)})
+                        "mean_ms": float(np.median(ms.mean(1))), "cache_mb": runs[0]["cache_mb"], "runs": len(runs),
+                        "process_mb": process_mb[n] if (table, kind) == ("long context", "tau, stream") else "-"})
     dot = {(row["table"], row["context"]): row for row in results if row["kind"].startswith("dot")}
     for row in results:
         row["times_as_fast_as_dot"] = dot[row["table"], row["context"]]["p50_ms"] / row["p50_ms"]
@@ -326,6 +333,22 @@ def bench_context(args):
     write("context", rows, args)
 
 
+CURVES = [("naive", "float32", False), ("naive", "float32", True), ("walk", "float32", False), ("tree", "float32", False),
+          ("naive", "float64", False), ("walk", "float64", False), ("tree", "float64", False)]
+
+
+def filled(model, cache, n):
+    """The cache after n tokens whose keys and values are random: that of real ones would take hours to make for dot."""
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    numbers = lambda *shape: torch.randn(1, config.n_head, n, *shape, generator=generator)
+    for layer in range(config.n_layer):
+        keys = numbers(config.head_size) if config.attention == "dot" else numbers().sigmoid()
+        values = numbers(config.head_size)
+        cache.attend(layer, lambda *inputs: inputs[2])(keys, keys, values, config.temperature, None, None)
+    cache.length = n
+    return cache
+
+
 def bench_curves(args):
     """How far the training losses of 200 steps of the quick start are from those of the dense reference, and, for scale,
     how far those are when one weight matrix starts one rounding error, 1e-7, away."""
@@ -359,6 +382,29 @@ def bench_curves(args):
         rows.append({"impl": impl, "dtype": dtype, "moved": moved, "last_loss": losses[-1], "apart_at_most": f"{apart.max():.1e}",
                      "relative": f"{(apart / reference).max():.1e}"})
     write("curves", rows, args)
+
+
+def trained_in_bf16(lambda_dtype, seed):
+    """Best validation loss of the quick start under bfloat16 autocast, in this process, on one thread. lambda_dtype float32: as it is;
+    bfloat16: energies and lambdas take part in autocast."""
+    torch.set_num_threads(1)
+    if lambda_dtype == "bfloat16":
+        model_file.without_autocast = lambda x: nullcontext()
+        model_file.bounded = lambda E, tau: bounded(E.bfloat16(), tau.bfloat16())
+    with tempfile.TemporaryDirectory() as folder:
+        sys.argv = ["train.py", str(Path(__file__).parent / "configs" / "quickstart.toml"), "--dtype=bfloat16", f"--seed={seed}",
+                    f"--out_dir={folder}/run", f"--results={folder}/runs.jsonl"]
+        train.main()
+        metrics = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
+    return min(row["loss"] for row in metrics if row["split"] == "val")
+
+
+def bench_precision(args):
+    """The quick start in bfloat16, with energies and lambdas in float32, as they are, and in bfloat16: two runs at a time."""
+    every = [(dtype, seed) for seed in (1, 2, 3) for dtype in ("float32", "bfloat16")]
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        losses = pool.starmap(trained_in_bf16, every, chunksize=1)
+    write("precision", [{"lambda": dtype, "seed": seed, "val_loss": loss} for (dtype, seed), loss in zip(every, losses)], args)
 
 
 def resident_mb():
@@ -495,7 +541,7 @@ def write(name, rows, args):
 
 def main():
     options = Parser(__doc__)
-    options.add_argument("what", choices=("attention", "train_step", "decode", "context", "curves", "laplacian", "triton"))
+    options.add_argument("what", choices=("attention", "train_step", "decode", "context", "curves", "precision", "laplacian", "triton"))
     options.add_argument("--nanogpt", metavar="DIR", help="train_step: a checkout of nanoGPT to measure too")
     options.add_argument("--embeddings", metavar="FILE.npy", help="laplacian: rows to repeat (default: random ones)")
     options.add_argument("--runs", nargs="+", metavar="OUT_DIR", help="context: trained models")
@@ -512,7 +558,7 @@ def main():
         if getattr(args, name) < least:
             raise UserError(f"--{name}={getattr(args, name)} must be at least {least}")
     {"attention": bench_attention, "train_step": bench_train_step, "decode": bench_decode, "context": bench_context, "curves": bench_curves,
-     "laplacian": bench_laplacian, "triton": bench_triton}[args.what](args)
+     "precision": bench_precision, "laplacian": bench_laplacian, "triton": bench_triton}[args.what](args)
 
 
 if __name__ == "__main__":

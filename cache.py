@@ -72,11 +72,7 @@ def decode():
 
 
 class CompiledCache(Cache):
-    """Of tau on the CPU in float32; raises what the compiler says if decode.cpp cannot be compiled."""
-
-    def __init__(self, config, length=0):
-        super().__init__(config, length)
-        decode()
+    """Of tau on the CPU in float32, by decode.cpp."""
 
     @staticmethod
     def energy(x, laplacian):
@@ -240,13 +236,27 @@ CACHES = {"exact": ExactCache, "stream": StreamCache, "plain": Cache}
 
 def make_cache(name, config, device):
     """A cache by name. exact, where it does not apply (dot, a GPU, no compiler), is the plain one, with which it agrees."""
-    if name != "plain" and (config.attention != "tau" or device.type != "cpu"):
-        if name == "stream":
-            raise UserError("cache 'stream' is of attention = \"tau\" on a CPU: take exact")
-        name = "plain"
-    try:
-        return CACHES[name](config)
-    except Exception as error:  # no compiler, or one that does not know this code
-        if name == "stream":
-            raise UserError(f"decode.cpp could not be compiled: {str(error).splitlines()[0]}") from None
+    if name == "plain" or name == "exact" and (config.attention != "tau" or device.type != "cpu"):
         return Cache(config)
+    if config.attention != "tau" or device.type != "cpu":
+        raise UserError("cache 'stream' is of attention = \"tau\" on a CPU: take exact")
+    if reason := not_compiled():
+        if name == "stream":
+            raise UserError(f"cache 'stream' needs decode.cpp, which could not be compiled: {reason}")
+        say_once(f"exact cache: a token reads all before it, for decode.cpp could not be compiled: {reason}")
+        return Cache(config)
+    return CACHES[name](config)
+
+
+@functools.cache
+def not_compiled():
+    """What the compiler says of decode.cpp if it does not take it, else None."""
+    try:
+        decode()
+    except Exception as error:  # no compiler, or one that does not know this code
+        return str(error).splitlines()[0]
+
+
+@functools.cache
+def say_once(text):
+    print(text, file=sys.stderr)

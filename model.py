@@ -21,14 +21,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attention import add_terms, tau_attention
+from attention import tau_attention
 from common import UserError
+from dot import DOT_SCALE, dot_attention, window_attention
 from fused import ENERGY_EPS, NORM_EPS, ChunkedLoss, Energy, RMSNorm, SquaredReluMLP, by_head, rayleigh_quotient
 
 FORGET = ("none", "slope", "gate")
 TAU_MODES = ("fixed", "mean", "percentile", "adaptive", "gradient", "learned")  # taumode.py
 INIT_STD = 0.02
-DOT_SCALE = 1.2  # sharpens the dot twin, whose queries and keys are normed
 
 
 @dataclass
@@ -277,45 +277,6 @@ class Attention(nn.Module):
         if config.output_gate:
             y = y * self.gate(x).sigmoid()
         return self.out(y)
-
-
-def dot_attention(q, k, v, scale=DOT_SCALE, log_decay=None, key_bias=None):
-    """The twin's operator: softmax(scale q.k / sqrt(D) + what tau_attention adds to its logits), causal. q (B, H, Tq, D) are
-    the last Tq of the T positions of k and v (B, Hkv, T, D), scale a number or (H,); returns (B, H, Tq, D)."""
-    Tq, T, D, group = q.size(2), k.size(2), k.size(3), q.size(1) // k.size(1)
-    if torch.is_tensor(scale):
-        q, scale = q * scale.view(-1, 1, 1).to(q.dtype), 1.0
-    mask = None
-    if log_decay is not None or key_bias is not None:
-        mask = add_terms(q.new_zeros(1, q.size(1), Tq, T), log_decay, key_bias)
-    elif Tq not in (1, T):
-        mask = torch.ones(Tq, T, dtype=torch.bool, device=q.device).tril(T - Tq)
-    return F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, is_causal=mask is None and Tq == T,
-                                          scale=scale / math.sqrt(D), enable_gqa=group > 1)
-
-
-def window_attention(q, k, v, log_decay, key_bias, window, scale):
-    """dot_attention to the last `window` tokens, the query's own among them: q (B, H, Tq, D) are the last Tq of the T <= Tq +
-    window - 1 positions of k and v (B, Hkv, T, D), log_decay (B, H, T) and key_bias (B, Hkv, T) or None, scale a number or
-    (H,). O(T window)."""
-    (B, H, Tq, D), Hkv, T = q.shape, k.size(1), k.size(2)
-    blocks, group = -(-Tq // window), H // k.size(1)
-    before, after = window - (T - Tq), blocks * window - Tq
-    blocked = lambda x: F.pad(x, (0, 0) * (x.ndim - 3) + (before, after)).unfold(2, 2 * window, window)  # a block and the one before it
-    scale = torch.as_tensor(scale / math.sqrt(D), dtype=q.dtype, device=q.device)
-    q = F.pad(q * scale.view(-1, 1, 1), (0, 0, 0, after))
-    k, v = blocked(k.to(q.dtype)), blocked(v.to(q.dtype))  # (B, Hkv, blocks, D, 2 window)
-    logits = q.view(B, Hkv, group, blocks, window, D) @ k[:, :, None]
-    if log_decay is not None:
-        c = blocked(log_decay.double().cumsum(-1)).view(B, Hkv, group, blocks, 2 * window)
-        c = (c - c[..., window:window + 1]).to(q.dtype)
-        logits = logits + c[..., window:, None] - c[..., None, :]
-    if key_bias is not None:
-        logits = logits + blocked(key_bias.to(q.dtype))[:, :, None, :, None]
-    i, j = (torch.arange(n, device=q.device) for n in (window, 2 * window))
-    seen = (j > i[:, None]) & (j <= window + i[:, None]) & (j + window * torch.arange(blocks, device=q.device)[:, None, None] >= before)
-    y = logits.masked_fill(~seen, -math.inf).softmax(-1) @ v[:, :, None].transpose(-1, -2)
-    return y.view(B, H, blocks * window, D)[:, :, :Tq]
 
 
 class MLP(nn.Module):

@@ -17,6 +17,15 @@ if not torch.cuda.is_available():
 os.environ["TQDM_DISABLE"] = "1"  # an error must be the only line on standard error
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: runs on a CUDA device, and is skipped without one")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
 # Scripts run as a user runs them, a process each, but forked from one that has imported their packages: that takes 2 s.
 WARM = multiprocessing.get_context("forkserver")
 WARM.set_forkserver_preload(["conftest", "train", "sample", "plot", "data.embed", "data.energy"])

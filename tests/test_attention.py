@@ -1,3 +1,4 @@
+import json
 import math
 import os
 import random
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import attention
 from attention import compiled, fast_attention, tau_attention
+from common import UserError
 from conftest import ROOT
 
 
@@ -259,7 +262,21 @@ def test_without_a_compiler_the_fallback_is_announced(tmp_path):
     assert "tree (attention.cpp could not be compiled" in done.stderr
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("tree_ms, expected", [({4096: 3, 8192: 5}, 8192), ({4096: 3, 8192: 7}, sys.maxsize)])
+def test_where_the_tree_begins_on_a_gpu_is_what_was_measured(tmp_path, monkeypatch, tree_ms, expected):
+    rows = [{"impl": impl, "T": T, "forward_backward_ms": ms} for impl, times in (("triton", {4096: 2, 8192: 6}), ("tree", tree_ms))
+            for T, ms in times.items()]
+    monkeypatch.setattr(attention, "MEASURED", tmp_path / "measured.json")
+    monkeypatch.setattr(attention, "gpu_kernels", lambda: True)
+    assert attention._long_from.__wrapped__("cuda") == 16384
+    attention.MEASURED.write_text(json.dumps({"rows": rows}))
+    assert attention._long_from.__wrapped__("cuda") == expected
+    attention.MEASURED.write_text(json.dumps({"rows": rows})[:-9])
+    with pytest.raises(UserError, match="measured.json is damaged"):
+        attention._long_from.__wrapped__("cuda")
+
+
+@pytest.mark.cuda
 def test_tree_on_cuda():
     arguments = table_inputs(777, 64, (1, 2), 0.05, "uniform", "token", True)
     expected = value_and_gradients(arguments, "naive", torch.float64)

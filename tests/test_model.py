@@ -5,12 +5,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attention import tau_attention
+from attention import add_terms, tau_attention
 from common import UserError
 from fused import ChunkedLoss, SquaredReluMLP
 from cache import Cache
-from model import (ModelConfig, Tauformer, bounded, dot_attention, energy, filtered_energy, head_laplacians,
-                   kron_reduction, norm, spectral_roots, window_attention)
+from dot import dot_attention, window_attention
+from model import (ModelConfig, Tauformer, bounded, energy, filtered_energy, head_laplacians,
+                   kron_reduction, norm, spectral_roots)
 
 
 def random_laplacian(F, density=0.5, seed=0):
@@ -142,6 +143,30 @@ def test_dot_twin_forgets_as_tau_does():
     tau = tau_attention(torch.zeros(2, 4, 9), torch.zeros(2, 2, 9), v, 1.0, log_decay, key_bias, impl="naive")
     torch.testing.assert_close(dot_attention(q, k, v, 1.0, log_decay, key_bias), tau)
     torch.testing.assert_close(dot_attention(q[:, :, 7:], k, v, 1.0, log_decay, key_bias), tau[:, :, 7:])
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (6, 1)])
+@pytest.mark.parametrize("terms", ["both", "decay", "bias"])
+def test_dot_twins_terms_are_those_of_the_logits(heads, terms):
+    """Decay and bias as more numbers of q and k, against the softmax of the logits: values and every gradient."""
+    torch.manual_seed(0)
+    (H, Hkv), T, D = heads, 300, 8
+    inputs = [torch.randn(2, H, T, D), torch.randn(2, Hkv, T, D), torch.randn(2, Hkv, T, D), torch.rand(H) + 0.5,
+              -torch.rand(2, H, T) if terms != "bias" else None, torch.randn(2, Hkv, T) if terms != "decay" else None]
+    inputs = [x if x is None else x.double().requires_grad_() for x in inputs]
+
+    def by_definition(q, k, v, scale, log_decay, key_bias):
+        k, v = (x.repeat_interleave(H // Hkv, 1) for x in (k, v))
+        return add_terms(scale.view(-1, 1, 1) * (q @ k.transpose(-1, -2)) / math.sqrt(D), log_decay, key_bias).softmax(-1) @ v
+    results = []
+    for function, dtype in ((by_definition, torch.float64), (dot_attention, torch.float32)):
+        y = function(*(x if x is None else x.to(dtype) for x in inputs))
+        given = [x for x in inputs if x is not None]
+        results.append([y.double(), *torch.autograd.grad(y, given, torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y))])
+    for ours, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(ours, expected, atol=3e-5 * expected.abs().max().item(), rtol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(dot_attention(*(x if x is None else x.float() for x in inputs)).double(), results[0][0], atol=3e-2, rtol=0)
 
 
 @pytest.mark.parametrize("attention", ["tau", "dot"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import checkpoint
-from conftest import fails, ok
+from conftest import fails, ok, run_script
 from data import tokenizer as tokenizers
 from generate import decode_n_tokens, probabilities, sample
 from sample import Text
@@ -120,6 +120,16 @@ def test_a_session_goes_on(work, tmp_path):
     assert ok(*command, session, "--prompt= objects", "--max_new_tokens=50", cwd=work) == whole
     (tmp_path / "s.safetensors").write_bytes(b"x" * 100)
     assert "not a saved stream" in fails(*command, session, cwd=work)
+
+
+def test_without_a_compiler(work, tmp_path):
+    """The same text from the plain cache, which is announced once, though the context starts again several times."""
+    command = ["sample.py", "out/small", "--temperature=0", "--max_new_tokens=300"]
+    whole = ok(*command, cwd=work)
+    without = {"CXX": "no-such-compiler", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    done = run_script(*command, cwd=work, env=without)
+    assert done.returncode == 0 and done.stdout == whole and done.stderr.count("decode.cpp could not be compiled") == 1
+    assert "decode.cpp, which could not be compiled" in fails(*command, "--cache=stream", cwd=work, env=without)
 
 
 def test_score(work, trained, tmp_path):

@@ -19,6 +19,7 @@ from attention import Tree, fast_attention, tau_attention
 from attention_triton import KERNELS, LEVEL_TILE, reaches
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.cuda] if DEVICE == "cuda" else []  # all of it, where there is one
 NAMES = ("out", "lambda_q", "lambda_k", "v", "temperature", "log_decay", "key_bias")
 SHORT = FACTORS | {"T": [1, 2, 63, 64, 65, 300, 512], "D": [16, 32, 64, 80, 128], "heads": [(1, 1), (1, 2), (2, 4)]}
 
@@ -169,7 +170,7 @@ def test_level_of_the_tree(row, monkeypatch):
         assert error <= tolerance * size, (name, error, size)
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
+@pytest.mark.cuda
 def test_faster_than_flash_attention_on_cuda():
     ms = {}
     for impl in ("sdpa", "triton"):
