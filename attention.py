@@ -76,7 +76,7 @@ def tau_attention(lambda_q, lambda_k, v, temperature, log_decay=None, key_bias=N
             inputs[2] = v
         if impl == "naive":
             return naive(*inputs, temperature, log_decay, key_bias).to(v.dtype)
-        scalar = torch.float32 if v.device.type == "mps" else torch.float64  # positions and log weights
+        scalar = finest(v.device)  # of positions and log weights
         if not torch.is_tensor(temperature):
             temperature = torch.full((), temperature, dtype=scalar, device=v.device)
         temperature = temperature.to(v.device, scalar).expand(H)
@@ -85,6 +85,11 @@ def tau_attention(lambda_q, lambda_k, v, temperature, log_decay=None, key_bias=N
         if key_bias is not None:
             key_bias = key_bias.to(scalar)
         return fast_attention(*inputs, temperature, log_decay, key_bias, impl)[0].to(v.dtype)
+
+
+def finest(device):
+    """The finest floating type that a device has."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def naive(lambda_q, lambda_k, v, temperature, log_decay=None, key_bias=None):
@@ -113,7 +118,8 @@ def add_terms(logits, log_decay, key_bias):
     if key_bias is not None:
         logits = logits + key_bias.to(logits.dtype).repeat_interleave(H // key_bias.size(1), 1)[:, :, None]
     if log_decay is not None:
-        steps = log_decay.double() if log_decay.ndim == 3 else log_decay.double()[None, :, None].expand(1, H, T)
+        steps = log_decay.to(finest(log_decay.device))
+        steps = steps if log_decay.ndim == 3 else steps[None, :, None].expand(1, H, T)
         total = steps.cumsum(-1)
         logits = logits + (total[..., T - Tq:, None] - total[..., None, :]).to(logits.dtype)
     future = torch.ones(Tq, T, dtype=torch.bool, device=logits.device).triu(T - Tq + 1)

@@ -53,6 +53,15 @@ def entries(x, t, T, other):
 
 
 @triton.jit
+def moved(x, n):
+    """The pointer x, n further; None stays None."""
+    if x is None:
+        return x
+    else:
+        return x + n
+
+
+@triton.jit
 def queries_c(decay, i, first, T):
     """c_i of a tile's queries and that of the first one, float64; zeros without decay."""
     if decay is None:
@@ -109,16 +118,10 @@ def forward_kernel(lambda_q, lambda_k, v, temperature, decay, bias, oldest, out,
     first = (tl.num_programs(1) - 1 - tl.program_id(1)) * M  # those with the most keys begin
     head = tl.program_id(0).to(tl.int64)
     b, h, kv = head // H, head % H, head // GROUP
-    v += b * v_b + h // GROUP * v_h
-    lambda_k += kv * T
-    if decay is not None:
-        decay += head * T
-        oldest += head * T
-    if bias is not None:
-        bias += kv * T
+    v, lambda_k, bias = v + b * v_b + h // GROUP * v_h, lambda_k + kv * T, moved(bias, kv * T)
+    decay, oldest = moved(decay, head * T), moved(oldest, head * T)
     i, d = first + tl.arange(0, M), tl.arange(0, WIDTH)
-    sharpness = 1 / tl.load(temperature + h).to(tl.float32)
-    a = entries(lambda_q + head * T, i, T, 0.0)
+    a, sharpness = entries(lambda_q + head * T, i, T, 0.0), 1 / tl.load(temperature + h).to(tl.float32)
     c, c_first = queries_c(decay, i, first, T)
 
     greatest = tl.full([M], NOTHING, tl.float32)
@@ -155,16 +158,10 @@ def query_kernel(lambda_q, lambda_k, v, temperature, decay, bias, oldest, out, l
     first = (tl.num_programs(1) - 1 - tl.program_id(1)) * M
     head = tl.program_id(0).to(tl.int64)
     b, h, kv = head // H, head % H, head // GROUP
-    v += b * v_b + h // GROUP * v_h
-    lambda_k += kv * T
-    if decay is not None:
-        decay += head * T
-        oldest += head * T
-    if bias is not None:
-        bias += kv * T
+    v, lambda_k, bias = v + b * v_b + h // GROUP * v_h, lambda_k + kv * T, moved(bias, kv * T)
+    decay, oldest = moved(decay, head * T), moved(oldest, head * T)
     i, d = first + tl.arange(0, M), tl.arange(0, WIDTH)
-    sharpness = 1 / tl.load(temperature + h).to(tl.float32)
-    a = entries(lambda_q + head * T, i, T, 0.0)
+    a, sharpness = entries(lambda_q + head * T, i, T, 0.0), 1 / tl.load(temperature + h).to(tl.float32)
     c, c_first = queries_c(decay, i, first, T)
     log_Z = entries(lse + head * T, i, T, float("inf")).to(tl.float32)
     dout = rows(grad + b * grad_b + h * grad_h, i, d, grad_t, T, D)

@@ -12,11 +12,10 @@ import math
 import sys
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+import checkpoint
 from attention import compiled
-from common import UserError, replacing
+from common import UserError
 from fused import ENERGY_EPS
 from model import energy
 
@@ -169,6 +168,7 @@ class StreamCache(CompiledCache):
         super().__init__(config)
         self.size = math.inf
         self.width = 0.0  # the greatest h of a head
+        self.pending = []  # the last token, if any: the next ones are taken up with it
 
     def bins(self, temperature, D):
         """(H + 1,) int64: where the bins of each head of a layer begin."""
@@ -181,7 +181,7 @@ class StreamCache(CompiledCache):
         width = (1 / (wanted * temperature)).max().item()
         if capped.any() and width > self.width:
             print(f"stream: {self.STATE_BYTES / 1e6:g} MB hold fewer bins than the temperatures ask for: weights in a query's own "
-                  f"bin are off by {width / 2:.2g} of themselves at most", file=sys.stderr)
+                  f"bin are off by {(1 + math.exp(2 * width)) / (1 + math.exp(width)) - 1:.2g} of themselves at most", file=sys.stderr)
         self.width = max(self.width, width)
         return torch.cat([wanted.new_zeros(1), wanted.cumsum(0)]).long()
 
@@ -201,51 +201,39 @@ class StreamCache(CompiledCache):
                                    *(self.kept[layer, name] for name in ("first", "state", "scale")))
         return attend
 
-    def save(self, path):
-        """The tokens so far, as a file to go on from."""
+    def save(self, path, model_hash):
+        """The tokens so far, as a file to go on from with the same model, whose checkpoint has this sha256."""
         tensors = {f"{kind}.{layer}.{name}": x.contiguous() for kind in ("kept", "last")
                    for (layer, name), x in getattr(self, kind).items()}
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, {"length": str(self.length), "width": str(self.width), "config": repr(self.config)})
+        checkpoint.save(path, tensors, {"session": {"length": self.length, "pending": self.pending, "model": model_hash}})
 
     @classmethod
-    def load(cls, path, config):
+    def load(cls, path, config, model_hash):
         """Raises UserError if the file is damaged or of another model."""
-        cache = cls(config)
-        try:
-            with safe_open(path, "pt") as file:
-                saved = file.metadata()
-                cache.length, cache.width = int(saved["length"]), float(saved["width"])
-                for key in file.keys():
-                    kind, layer, name = key.split(".")
-                    {"kept": cache.kept, "last": cache.last}[kind][int(layer), name] = file.get_tensor(key)
-            same = saved["config"] == repr(config)
-            whole = all(first.diff().min() >= 1 and first[0] == 0 and first[-1] == cache.kept[layer, "state"].size(1)
-                        for (layer, name), first in cache.kept.items() if name == "first")  # decode.cpp trusts them
-        except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise UserError(f"{path} is not a saved stream of this program: {error}") from None
-        if not same:
+        tensors, header = checkpoint.load(path, ["session"], "session of sample.py")
+        cache, session = cls(config), header["session"]
+        if session.get("model") != model_hash:
             raise UserError(f"{path} is of another model")
-        if not whole:
-            raise UserError(f"{path} is damaged: take another, or leave --session out")
+        cache.length, cache.pending = session["length"], session["pending"]
+        for key, x in tensors.items():
+            kind, layer, name = key.split(".")
+            getattr(cache, kind)[int(layer), name] = x
         return cache
 
 
-CACHES = {"exact": ExactCache, "stream": StreamCache, "plain": Cache}
-
-
-def make_cache(name, config, device):
-    """A cache by name. exact, where it does not apply (dot, a GPU, no compiler), is the plain one, with which it agrees."""
+def make_cache(name, config, device, length=0):
+    """A cache by name, for so many tokens (0: block_size; stream has no end). exact, where it does not apply (dot, a GPU, no
+    compiler), is the plain one, with which it agrees."""
     if name == "plain" or name == "exact" and (config.attention != "tau" or device.type != "cpu"):
-        return Cache(config)
+        return Cache(config, length)
     if config.attention != "tau" or device.type != "cpu":
         raise UserError("cache 'stream' is of attention = \"tau\" on a CPU: take exact")
     if reason := not_compiled():
         if name == "stream":
             raise UserError(f"cache 'stream' needs decode.cpp, which could not be compiled: {reason}")
         say_once(f"exact cache: a token reads all before it, for decode.cpp could not be compiled: {reason}")
-        return Cache(config)
-    return CACHES[name](config)
+        return Cache(config, length)
+    return StreamCache(config) if name == "stream" else ExactCache(config, length)
 
 
 @functools.cache

@@ -45,7 +45,11 @@ def write(path, tensors, laplacian, config, tokenizer, run):
     """Write a checkpoint, whole or not at all. laplacian: (F, F) or None; tokenizer and run: what JSON can hold."""
     if laplacian is not None:
         tensors = tensors | {"laplacian": laplacian}
-    header = {"config": asdict(config), "tokenizer": tokenizer, "run": run}
+    save(path, tensors, {"config": asdict(config), "tokenizer": tokenizer, "run": run})
+
+
+def save(path, tensors, header):
+    """Write tensors and a header of dicts, what JSON can hold, and the hash of both."""
     with replacing(path) as temporary:
         try:
             save_file(tensors, temporary, {key: json.dumps(value) for key, value in header.items()} | {"sha256": "0" * DIGITS})
@@ -103,8 +107,13 @@ def to_resume(out_dir):
 
 
 def read(path):
-    """(tensors, header) of a checkpoint. Runs no code of the file. Raises FileNotFoundError, and UserError if it is
-    damaged."""
+    """(tensors, header) of a checkpoint, as load() gives them."""
+    return load(path, HEADER, "checkpoint of train.py")
+
+
+def load(path, names, kind):
+    """(tensors, header) of a file that save() wrote: the dicts of these names, and "sha256". Runs no code of the file. Raises
+    FileNotFoundError, and UserError if it is damaged."""
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path} does not exist")
     try:
@@ -114,12 +123,12 @@ def read(path):
             if file.read(DIGITS) != digest:
                 raise ValueError("its sha256 is not that of its content")
         with safe_open(path, "pt") as file:
-            header = {key: json.loads(file.metadata()[key]) for key in HEADER}
+            header = {key: json.loads(file.metadata()[key]) for key in names}
             if not all(isinstance(value, dict) for value in header.values()):
-                raise ValueError("its header is not three objects")
-            return {name: file.get_tensor(name) for name in file.keys()}, header
+                raise ValueError("its header is not of objects")
+            return {name: file.get_tensor(name) for name in file.keys()}, header | {"sha256": digest.decode()}
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged, or no checkpoint of train.py ({type(error).__name__}: {error})") from None
+        raise UserError(f"{path} is damaged, or no {kind} ({type(error).__name__}: {error})") from None
 
 
 def build_model(tensors, header, path, laplacian=None, **changes):

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, default))  # among the processes that torchrun started
@@ -34,14 +34,22 @@ def run(main):
         main()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output left, as in `sample.py ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        end_output()
         sys.exit(141)
     except (UserError, OSError) as error:
         rank = f" on rank {RANK}" if WORLD > 1 else ""
         print(f"{Path(sys.argv[0]).name}: error{rank}: {' '.join(str(error).split())}", file=sys.stderr)
+        end_output()
         sys.exit(1 if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else 2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def end_output():
+    """Write what is still to be written to standard output, if it can be, and nothing more."""
+    with suppress(OSError):
+        sys.stdout.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager

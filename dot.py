@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from attention import add_terms
+from attention import add_terms, finest
 
 DOT_SCALE = 1.2  # sharpens the weights of queries and keys that are normed
 
@@ -34,9 +34,9 @@ def with_key_weights(q, k, v, log_decay, key_bias):
     sum of log_decay; c_i, the same for all keys, softmax does not see. Keys have the weight in three parts, so that it is
     whole in bfloat16 too, for each of the heads that read them; queries have ones, values zeros."""
     (B, H, T, D), Hkv = q.shape, k.size(1)
-    weight = 0 if log_decay is None else -log_decay.double().cumsum(-1)
+    weight = 0 if log_decay is None else -log_decay.to(finest(q.device)).cumsum(-1)
     if key_bias is not None:
-        weight = weight + key_bias.double().repeat_interleave(H // Hkv, 1)
+        weight = weight + key_bias.to(finest(q.device)).repeat_interleave(H // Hkv, 1)
     high = weight + (weight.bfloat16() - weight).detach()  # with the whole gradient
     rest = (weight - high).detach()
     parts = torch.stack([high, rest.bfloat16(), rest - rest.bfloat16()], -1).to(k.dtype)  # (B, H, T, 3)
@@ -60,7 +60,7 @@ def window_attention(q, k, v, log_decay, key_bias, window, scale):
     k, v = blocked(k.to(q.dtype)), blocked(v.to(q.dtype))  # (B, Hkv, blocks, D, 2 window)
     logits = q.view(B, Hkv, group, blocks, window, D) @ k[:, :, None]
     if log_decay is not None:
-        c = blocked(log_decay.double().cumsum(-1)).view(B, Hkv, group, blocks, 2 * window)
+        c = blocked(log_decay.to(finest(q.device)).cumsum(-1)).view(B, Hkv, group, blocks, 2 * window)
         c = (c - c[..., window:window + 1]).to(q.dtype)
         logits = logits + c[..., window:, None] - c[..., None, :]
     if key_bias is not None:

@@ -2,7 +2,9 @@
 
 import torch
 
-from cache import make_cache
+from cache import StreamCache, make_cache
+
+PREFILLED = 256  # tokens of a stream at a time
 
 
 def probabilities(logits, temperature, top_k, top_p):
@@ -29,8 +31,11 @@ def sample(p, generators):
 
 
 def prefill(model, tokens, cache):
-    """Logits (B, V) of the next token after tokens (B, T >= 1), which the cache takes up; without one, cache = None."""
-    return model.logits(model(tokens, cache=cache, head=False)[:, -1])
+    """Logits (B, V) of the next token after tokens (B, T >= 1), which the cache takes up; without one, cache = None. A stream takes
+    some at a time, so that memory does not grow with them."""
+    for part in tokens.split(PREFILLED if isinstance(cache, StreamCache) else tokens.size(1), 1):
+        x = model(part, cache=cache, head=False)
+    return model.logits(x[:, -1])
 
 
 def decode_one_token(model, token, cache):
@@ -46,18 +51,26 @@ def decode_n_tokens(model, prompts, seeds, max_new_tokens, temperature, top_k, t
     All rows begin with as many tokens as the shortest prompt has; a longer one is fed on, token by token, while others are
     sampled. The context is at most block_size tokens: of longer prompts the last ones, and when it is full it starts again from
     its last half. With cache = "stream" it has no end. "none": nothing is cached.
-    A StreamCache goes on from what it holds, and takes up all of prompt and sample."""
+    A StreamCache in place of a name goes on from what it holds and takes up its one prompt and the sample, but for the last token,
+    which stays pending: then the prompt may be empty."""
     device, block_size = model.head.weight.device, model.config.block_size
-    endless = cache == "stream" or not isinstance(cache, str)
-    new_cache = lambda: None if cache == "none" else make_cache(cache, model.config, device) if isinstance(cache, str) else cache
-    if not endless:
+    session = None if isinstance(cache, str) else cache
+    endless = session is not None or cache == "stream"
+    if session is not None:
+        prompts = [session.pending + prompt for prompt in prompts]
+        session.pending = prompts[0][-1:]
+    elif not endless:
         prompts = [prompt[-block_size:] for prompt in prompts]
+    length = min(block_size, max(map(len, prompts)) + max_new_tokens)
+    new_cache = lambda: session or (None if cache == "none" else make_cache(cache, model.config, device, length))
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     left = [max_new_tokens] * len(prompts)
     at = min(map(len, prompts))  # tokens of each row so far
     context, current = torch.tensor([prompt[:at] for prompt in prompts], device=device), new_cache()
-    if max_new_tokens or not isinstance(cache, str):
+    if max_new_tokens:
         logits = prefill(model, context, current)
+    elif session is not None and at > 1:
+        prefill(model, context[:, :-1], current)
     while any(left):
         token = torch.tensor([prompt[at] if at < len(prompt) else 0 for prompt in prompts])[:, None]
         rows = [row for row, prompt in enumerate(prompts) if at >= len(prompt) and left[row]]
@@ -65,10 +78,13 @@ def decode_n_tokens(model, prompts, seeds, max_new_tokens, temperature, top_k, t
             p = probabilities(logits[rows].cpu(), temperature, top_k, top_p)
             token[rows] = sample(p, [generators[row] for row in rows])
         for row in rows:
-            yield row, (new := token[row].item())
+            new = token[row].item()
+            if session is not None:
+                session.pending = [new]
+            yield row, new
             left[row] = 0 if new in stop else left[row] - 1
         at += 1
-        if not any(left) and isinstance(cache, str):
+        if not any(left):
             return
         token = token.to(device)
         if not endless:

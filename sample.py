@@ -25,6 +25,7 @@ from data import tokenizer as tokenizers
 from generate import decode_n_tokens
 
 SCORED = 256  # tokens scored at a time
+BATCH = 64  # samples generated at a time
 
 
 class Text:
@@ -40,7 +41,9 @@ class Text:
         return self.released(self.decoder.decode(self.tokenizer.decode_bytes([token])), last=False)
 
     def end(self):
-        return self.released(self.decoder.decode(b"", final=True), last=True)
+        shown = self.released(self.decoder.decode(b"", final=True), last=True)
+        self.stopped = True
+        return shown
 
     def released(self, text, last):
         if self.stopped:
@@ -58,9 +61,7 @@ class Text:
 
 def prompt_tokens(text, tokenizer):
     """The tokens of a prompt; an empty one stands for the beginning of a document."""
-    if text:
-        return tokenizer.encode(text)
-    return [0 if tokenizer.end_token is None else tokenizer.end_token]
+    return tokenizer.encode(text) or [0 if tokenizer.end_token is None else tokenizer.end_token]
 
 
 def read(name):
@@ -69,34 +70,34 @@ def read(name):
     return data.decode("utf-8", "replace")
 
 
-def samples(args, model, tokenizer, prompts, cache=None, show=None):
-    """The texts, num_samples of each prompt; `show` gets each piece of the first one's text as it comes."""
-    texts = [Text(tokenizer, args.stop) for _ in prompts for _ in range(args.num_samples)]
-    pieces = [[] for _ in texts]
+def samples(args, model, tokenizer, prompts, session=None, show=None):
+    """The texts, num_samples of each prompt; `show` gets each piece of the first one's text as it comes, and of how many tokens."""
+    rows = [(prompt, args.seed + number) for prompt in prompts for number in range(args.num_samples)]
+    texts, pieces = [Text(tokenizer, args.stop) for _ in rows], [[] for _ in rows]
     stop = {tokenizer.end_token} if args.stop and tokenizer.end_token is not None else ()
-    tokens = decode_n_tokens(model, [prompt for prompt in prompts for _ in range(args.num_samples)],
-                             [args.seed + number for _ in prompts for number in range(args.num_samples)], args.max_new_tokens,
-                             args.temperature, args.top_k, args.top_p, cache or args.cache, stop)
 
-    def piece(row, text):
+    def piece(row, text, tokens):
         pieces[row].append(text)
         if show and row == 0:
-            show(text)
+            show(text, tokens)
 
-    with tqdm(total=len(texts) * args.max_new_tokens, unit=" tokens", disable=True if show else None) as progress:
-        for row, token in tokens:
-            progress.update()
-            if token not in stop:
-                piece(row, texts[row].add(token))
-            if all(text.stopped for text in texts):
-                break
+    with tqdm(total=len(rows) * args.max_new_tokens, unit=" tokens", disable=True if show else None) as progress:
+        for first in range(0, len(rows), BATCH):
+            batch = texts[first:first + BATCH]
+            for row, token in decode_n_tokens(model, *zip(*rows[first:first + BATCH]), args.max_new_tokens, args.temperature, args.top_k,
+                                              args.top_p, session or args.cache, stop):
+                progress.update()
+                piece(first + row, batch[row].end() if token in stop else batch[row].add(token), 1)
+                if all(text.stopped for text in batch):
+                    break
     for row, text in enumerate(texts):
-        piece(row, text.end())
+        piece(row, text.end(), 0)
     return ["".join(row) for row in pieces]
 
 
 def interactive(args, model, tokenizer):
     """Ask for prompts until the end of input; Ctrl-C ends a sample, and at the question the program."""
+    sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     while True:
         print("\n> ", end="", file=sys.stderr, flush=True)
         try:
@@ -107,14 +108,17 @@ def interactive(args, model, tokenizer):
             return
         count, begin = 0, time.perf_counter()
 
-        def show(piece):
+        def show(piece, tokens):
             nonlocal count
-            count += 1
+            count += tokens
             print(piece, end="", flush=True)
         try:
             samples(args, model, tokenizer, [prompt_tokens(line.rstrip("\n"), tokenizer)], show=show)
         except KeyboardInterrupt:
             pass
+        except UserError as error:  # a character that the tokenizer does not know
+            print(error, file=sys.stderr)
+            continue
         seconds = time.perf_counter() - begin
         print(flush=True)
         print(f"[{count} tokens, {count / seconds:.1f} tokens/s]", file=sys.stderr)
@@ -139,7 +143,7 @@ def score(model, tokens, cache_name):
 def main():
     options = Parser(__doc__)
     options.add_argument("out_dir", metavar="OUT_DIR", help="output folder of train.py; its best checkpoint is taken")
-    options.add_argument("--prompt", default="", help="text to go on from (default: the beginning of a document)")
+    options.add_argument("--prompt", help="text to go on from (default: the beginning of a document)")
     options.add_argument("--prompt_file", metavar="FILE", help="file that holds it; - for standard input")
     options.add_argument("--prompts", metavar="FILE", help="file of prompts, one a line; - for standard input")
     options.add_argument("--interactive", action="store_true", help="ask for prompts")
@@ -167,10 +171,14 @@ def main():
         if not good:
             raise UserError(f"--{name}={getattr(args, name)} is out of range (--help lists the options)")
     sources = ("prompt", "prompt_file", "prompts", "interactive", "score")
-    if len(given := [f"--{name}" for name in sources if getattr(args, name)]) > 1:
+    if len(given := [f"--{name}" for name in sources if getattr(args, name) not in (None, False)]) > 1:
         raise UserError(f"give {' or '.join(given)}, not both")
     if args.session and (args.cache != "stream" or args.num_samples > 1 or args.prompts or args.interactive or args.score):
         raise UserError("--session goes with --cache=stream, one prompt and one sample")
+    if args.session and not args.session.absolute().parent.is_dir():
+        raise UserError(f"--session={args.session}: there is no such folder")
+    if args.interactive and args.num_samples > 1:
+        raise UserError("--interactive shows one sample of each prompt: leave --num_samples out")
 
     device = choose_device(args.device)
     path = checkpoint.find(args.out_dir)
@@ -180,7 +188,7 @@ def main():
     sys.stdout.reconfigure(encoding="utf-8")
     if args.interactive:
         return interactive(args, model, tokenizer)
-    if args.score:
+    if args.score is not None:
         text = read(args.score)
         tokens = tokenizer.encode(text)
         if len(tokens) < 2:
@@ -190,24 +198,28 @@ def main():
         print(f"loss {loss:.4f} nats a token, perplexity {math.exp(min(loss, 700)):.2f}, bits per byte "
               f"{loss * (len(tokens) - 1) / math.log(2) / max(1, scored_bytes):.4f}, {len(tokens) - 1:,} tokens")
         return
-    if args.prompts:
-        prompts = read(args.prompts).splitlines()
-        if not prompts:
-            raise UserError(f"{args.prompts} holds no prompt")
-    elif args.prompt_file:
-        prompts = [read(args.prompt_file)]
-    else:
-        prompts = [args.prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")]
-    prompts = [prompt_tokens(prompt, tokenizer) for prompt in prompts]
     session = make_cache("stream", model.config, device) if args.session else None
     if session and args.session.exists():
-        session = StreamCache.load(args.session, model.config)
+        session = StreamCache.load(args.session, model.config, header["sha256"])
+    if args.prompts is not None:
+        lines = read(args.prompts).replace("\r\n", "\n")
+        if not lines:
+            raise UserError(f"{args.prompts} holds no prompt")
+        prompts = lines.removesuffix("\n").split("\n")
+    elif args.prompt_file is not None:
+        prompts = [read(args.prompt_file)]
+    else:
+        prompts = [(args.prompt or "").encode("utf-8", "surrogateescape").decode("utf-8", "replace")]
+    if session and session.pending:  # an empty prompt adds nothing
+        prompts = [tokenizer.encode(prompt) for prompt in prompts]
+    else:
+        prompts = [prompt_tokens(prompt, tokenizer) for prompt in prompts]
 
     terminal = sys.stdout.isatty()
-    texts = samples(args, model, tokenizer, prompts, session, (lambda piece: print(piece, end="", flush=True)) if terminal else None)
+    texts = samples(args, model, tokenizer, prompts, session, (lambda piece, _: print(piece, end="", flush=True)) if terminal else None)
     print("\n".join(["" if terminal else texts[0], *texts[1:]]), end="\n" if terminal else "")
     if session:
-        session.save(args.session)
+        session.save(args.session, header["sha256"])
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ tau_scope: global, block 0's number for every layer and head (published), or hea
 
 import torch
 
+from attention import finest
 from fused import ENERGY_EPS
 from processes import gathered, placed, whole
 
@@ -33,8 +34,8 @@ def set_tau(model, tau):
 
 
 def statistic(E, mode, percentile):
-    """Of E (..., N) over its last dimension, float64."""
-    E = E.double().sort(-1)[0]  # so that the mean, too, does not depend on the order
+    """Of E (..., N) over its last dimension, in float64 where there is that."""
+    E = E.to(finest(E.device)).sort(-1)[0]  # so that the mean, too, does not depend on the order
     if mode == "mean":
         return E.mean(-1)
     return E[..., int((E.size(-1) - 1) * (percentile if mode == "percentile" else 50) / 100)]
@@ -64,7 +65,8 @@ def calibrate(model, batches, settings):
 
 def adapt(model, batches, settings):
     """The step of "adaptive"."""
-    ours, theirs = tau_of(model).double().log(), measured_tau(model, batches, settings).log()
+    theirs = measured_tau(model, batches, settings).log()
+    ours = tau_of(model).to(theirs.dtype).log()
     set_tau(model, theirs.lerp(ours, settings.tau_smoothing).exp())
 
 

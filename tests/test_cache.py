@@ -5,6 +5,7 @@ import torch
 
 from attention import tau_attention
 from cache import BLOCK, SEGMENT, ExactCache, StreamCache, segments
+from common import UserError
 from model import ModelConfig, Tauformer
 from test_model import ALL, random_laplacian
 
@@ -97,15 +98,15 @@ def test_bins_go_to_the_heads_that_want_few_first():
 
 
 def test_a_stream_of_another_model_is_refused(tmp_path):
-    from common import UserError
     model, idx = model_and_tokens(20)
     cache = StreamCache(model.config)
     with torch.no_grad():
         model(idx, cache=cache)
-    cache.save(tmp_path / "s")
+    cache.save(tmp_path / "s", "hash")
+    again = StreamCache.load(tmp_path / "s", model.config, "hash")
+    assert again.length == 20 and all(torch.equal(again.kept[key], x) for key, x in cache.kept.items())
     with pytest.raises(UserError, match="another model"):
-        StreamCache.load(tmp_path / "s", stream_config())
-    cache.kept[0, "first"][1] = 10**6
-    cache.save(tmp_path / "s")
+        StreamCache.load(tmp_path / "s", model.config, "of other weights")
+    (tmp_path / "s").write_bytes((tmp_path / "s").read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match="damaged"):
-        StreamCache.load(tmp_path / "s", model.config)
+        StreamCache.load(tmp_path / "s", model.config, "hash")

@@ -1,10 +1,12 @@
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import checkpoint
-from conftest import fails, ok, run_script
+from conftest import ROOT, fails, ok, run_script
 from data import tokenizer as tokenizers
 from generate import decode_n_tokens, probabilities, sample
 from sample import Text
@@ -106,20 +108,25 @@ def test_stop_ends_a_sample(work):
 
 
 def test_interactive(work):
-    shown = ok("sample.py", "out/small", "--max_new_tokens=8", "--interactive", stdin="def\nclass\n", cwd=work)
+    done = run_script("sample.py", "out/small", "--max_new_tokens=8", "--interactive", stdin="def\nclass\n", cwd=work)
     expected = [ok("sample.py", "out/small", "--max_new_tokens=8", f"--prompt={prompt}", cwd=work) for prompt in ("def", "class")]
-    assert shown == "".join(text + "\n" for text in expected)
+    assert done.stdout == "".join(text + "\n" for text in expected) and done.stderr.count("[8 tokens, ") == 2
+    done = subprocess.run([sys.executable, ROOT / "sample.py", "out/small", "--max_new_tokens=8", "--interactive"], input=b"\xff\n",
+                          cwd=work, capture_output=True)
+    assert done.returncode == 0 and b"[8 tokens, " in done.stderr
 
 
 def test_a_session_goes_on(work, tmp_path):
-    """Two halves of a prompt, and two of a sample, are one."""
+    """Two halves of a prompt, and two of a sample, are one; the second has no prompt of its own."""
     command = ["sample.py", "out/small", "--temperature=0", "--cache=stream"]
     whole = ok(*command, "--prompt=The list of objects", "--max_new_tokens=50", cwd=work)
     session = f"--session={tmp_path}/s.safetensors"
     assert ok(*command, session, "--prompt=The list of", "--max_new_tokens=0", cwd=work) == ""
-    assert ok(*command, session, "--prompt= objects", "--max_new_tokens=50", cwd=work) == whole
+    assert ok(*command, session, "--prompt= objects", "--max_new_tokens=0", cwd=work) == ""
+    first = ok(*command, session, "--max_new_tokens=20", cwd=work)
+    assert first + ok(*command, session, "--max_new_tokens=30", cwd=work) == whole
     (tmp_path / "s.safetensors").write_bytes(b"x" * 100)
-    assert "not a saved stream" in fails(*command, session, cwd=work)
+    assert "damaged, or no session" in fails(*command, session, cwd=work)
 
 
 def test_without_a_compiler(work, tmp_path):
@@ -153,6 +160,19 @@ def test_edges(work):
     assert ok("sample.py", "out/small", "--max_new_tokens=0", cwd=work) == ""
     assert ok("sample.py", "out/small", "--max_new_tokens=5", cwd=work) != ""
     ok("sample.py", "out/small", "--max_new_tokens=5", "--prompt_file=-", stdin="long prompt, 東京 " * 9000, cwd=work)
+    ok("sample.py", "out/small", "--max_new_tokens=5", "--cache=stream", "--prompt_file=-", stdin="long prompt, 東京 " * 90, cwd=work)
+
+
+def test_a_prompt_is_a_line(work, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("one\u2028line\r\n\nthird".encode())
+    expected = [ok("sample.py", "out/small", "--max_new_tokens=5", f"--prompt={prompt}", cwd=work) for prompt in ("one\u2028line", "", "third")]
+    assert ok("sample.py", "out/small", "--max_new_tokens=5", f"--prompts={tmp_path}/prompts.txt", cwd=work) == "\n".join(expected)
+
+
+def test_nobody_takes_the_output(work):
+    command = f"{sys.executable} {ROOT}/sample.py out/small --max_new_tokens=5 > /dev/full"
+    done = subprocess.run(command, shell=True, cwd=work, capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "No space left" in done.stderr
 
 
 @pytest.mark.parametrize("args, expected", [
@@ -161,6 +181,8 @@ def test_edges(work):
     (["out/small", "--max_new_tokens=x"], "max_new_tokens"), (["out/small", "--prompt_file=absent"], "absent"),
     (["out/small", "--prompt=a", "--prompt_file=b"], "not both"), (["out/small", "--prompts=absent"], "absent"),
     (["out/small", "--score=/dev/null"], "at least 2"), (["out/small", "--session=s"], "--cache=stream"),
+    (["out/small", "--cache=stream", "--session=no/s"], "no such folder"), (["out/small", "--score="], "directory"),
+    (["out/small", "--interactive", "--num_samples=2"], "--num_samples"),
     (["out/small", "--prompts=/dev/null"], "no prompt"), (["out/small", "--stop="], "--stop"), (["out/small", "--device=abacus"], "abacus")])
 def test_mistakes(work, args, expected):
     assert expected in fails("sample.py", *args, cwd=work)
