@@ -45,6 +45,7 @@ from common import Parser, UserError, commit, peak_rss_mb, replacing, run
 from config import Settings
 from data.corpus import Corpus
 from data.energy import energies
+from generate import for_decoding
 from model import ModelConfig, Tauformer, bounded
 from train import domain_laplacian, learning_rate, to_device, training_batch
 
@@ -225,8 +226,8 @@ def bench_train_step(args):
 def published_model(attention):
     """The published shape with random weights, for contexts of any length."""
     laplacian = torch.from_numpy(laplacian_of(np.ones((HEAD_SIZE, HEAD_SIZE)) - np.eye(HEAD_SIZE))) / HEAD_SIZE
-    return Tauformer(ModelConfig(block_size=2**18, vocab_size=VOCABULARY, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH,
-                                 attention=attention), laplacian if attention == "tau" else None).eval()
+    return for_decoding(Tauformer(ModelConfig(block_size=2**18, vocab_size=VOCABULARY, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH,
+                                              attention=attention), laplacian if attention == "tau" else None).eval())
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ import checkpoint
 from cache import StreamCache, make_cache
 from common import Parser, UserError, choose_device, run
 from data import tokenizer as tokenizers
-from generate import decode_n_tokens
+from generate import decode_n_tokens, for_decoding
 
 SCORED = 256  # tokens scored at a time
 BATCH = 64  # samples generated at a time
@@ -184,7 +184,7 @@ def main():
     path = checkpoint.find(args.out_dir)
     tensors, header = checkpoint.read(path)
     tokenizer = tokenizers.from_json(header["tokenizer"])
-    model = checkpoint.build_model(tensors, header, path).to(device).eval()
+    model = for_decoding(checkpoint.build_model(tensors, header, path).to(device).eval())
     sys.stdout.reconfigure(encoding="utf-8")
     if args.interactive:
         return interactive(args, model, tokenizer)

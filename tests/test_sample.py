@@ -1,3 +1,4 @@
+import copy
 import shutil
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import torch
 import checkpoint
 from conftest import ROOT, fails, ok, run_script
 from data import tokenizer as tokenizers
-from generate import decode_n_tokens, probabilities, sample
+from generate import decode_n_tokens, for_decoding, probabilities, sample
 from sample import Text
 
 
@@ -48,6 +49,14 @@ def test_draws_follow_the_probabilities():
     assert counts[1] == 0
     expected = 20_000 * p[0, [0, 2, 3]]
     assert ((counts[[0, 2, 3]] - expected)**2 / expected).sum() < 13.8  # chi-square, 2 degrees of freedom, p = 0.001
+
+
+def test_the_layout_for_decoding_changes_no_number(trained):
+    model, _ = trained
+    other, idx = for_decoding(copy.deepcopy(model)), torch.randint(model.config.vocab_size, (2, 9))
+    assert other.head.weight.stride() == (1, model.config.vocab_size) and torch.equal(other.head.weight, model.head.weight)
+    with torch.no_grad():
+        torch.testing.assert_close(other(idx), model(idx))
 
 
 def test_cached_generation_equals_uncached(trained):
@@ -96,8 +105,10 @@ def test_pieces_are_whole_characters_and_end_at_a_stop(trained):
     tokens = tokenizer.encode(text)
     for stops, expected in (((), text), (("</s>",), "naïve 東京 "), (("zzz", "京"), "naïve 東"), (("more!",), text)):
         pieces = Text(tokenizer, stops)
-        shown = [pieces.add(token) for token in tokens] + [pieces.end()]
-        assert "".join(shown) == expected and pieces.stopped == (expected != text)
+        shown = [pieces.add(token) for token in tokens]
+        assert pieces.stopped == (expected != text)
+        shown.append(pieces.end())
+        assert "".join(shown) == expected
         assert all("\ufffd" not in piece for piece in shown)
 
 
