@@ -47,14 +47,20 @@ def tau_attention(lambda_q, lambda_k, v, temperature, log_decay=None, key_bias=N
 
     Returns (B, H, Tq, D) in v's dtype, computed in float32 (float64 if v is that), under autocast too; triton multiplies
     weights and values in v's dtype and is never finer than float32. Differentiable in every float input. Raises ValueError
-    for shapes that do not fit, for an impl that is unknown or does not apply, and, in autograd's anomaly mode, for inputs
+    for shapes that do not fit, for a number as temperature that is not positive, for an impl that is unknown or does not apply, and, in autograd's anomaly mode, for inputs
     that are not finite.
     """
-    B, H, Tq = lambda_q.shape
-    Hkv, T, D = v.shape[1:]
-    if lambda_k.shape != (B, Hkv, T) or v.shape[0] != B or H % Hkv or Tq > T:
-        raise ValueError(f"shapes do not fit: lambda_q {tuple(lambda_q.shape)}, lambda_k {tuple(lambda_k.shape)}, "
-                         f"v {tuple(v.shape)}")
+    fit = lambda_q.ndim == 3 and v.ndim == 4
+    if fit:
+        (B, H, Tq), (Hkv, T, D) = lambda_q.shape, v.shape[1:]
+        fit = (lambda_k.shape == (B, Hkv, T) and v.shape[0] == B and H % Hkv == 0 and Tq <= T
+               and (not torch.is_tensor(temperature) or temperature.shape in ((), (H,)))
+               and (log_decay is None or log_decay.shape in ((B, H, T), (H,))) and (key_bias is None or key_bias.shape == (B, Hkv, T)))
+    if not fit:
+        shapes = dict(lambda_q=lambda_q, lambda_k=lambda_k, v=v, temperature=temperature, log_decay=log_decay, key_bias=key_bias)
+        raise ValueError("shapes do not fit: " + ", ".join(f"{name} {tuple(x.shape)}" for name, x in shapes.items() if torch.is_tensor(x)))
+    if not torch.is_tensor(temperature) and not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be positive")
     if not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
         for name, x in dict(lambda_q=lambda_q, lambda_k=lambda_k, v=v, log_decay=log_decay, key_bias=key_bias).items():
             if x is not None and not x.isfinite().all():

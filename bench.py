@@ -1,4 +1,5 @@
-"""Measure: the attention operator, a whole training step, decoding, whether training curves agree, what bfloat16 costs, and the build of a Laplacian.
+"""Measure: the attention operator, a whole training step, decoding, what the fast ways cost in accuracy, and the build of a
+Laplacian.
 
     python bench.py attention                     # against flash SDPA, 256 to 65,536 tokens; --device=cuda: on a GPU
     python bench.py train_step --nanogpt=DIR      # the 30M model, and nanoGPT's from a checkout of it

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -53,8 +54,9 @@ def save(path, tensors, header):
     with replacing(path) as temporary:
         try:
             save_file(tensors, temporary, {key: json.dumps(value) for key, value in header.items()} | {"sha256": "0" * DIGITS})
-        except SafetensorError as error:  # its name for a full disk
-            raise OSError(errno.ENOSPC, f"{path} could not be written: {error}") from None
+        except SafetensorError as error:  # its name for what the system says
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, f"{path} could not be written: {error}") from None
         with open(temporary, "r+b") as file:
             at, digest = hashed(file)
             file.seek(at)

@@ -30,6 +30,9 @@ class Parser(argparse.ArgumentParser):
 
 def run(main):
     """Call main() and exit: 0 done, 1 a failure of the run itself, 2 a mistake of the user's (one line on stderr)."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by who called
+            setattr(sys, name, open(os.devnull, mode))
     try:
         main()
         sys.stdout.flush()
@@ -40,7 +43,7 @@ def run(main):
         rank = f" on rank {RANK}" if WORLD > 1 else ""
         print(f"{Path(sys.argv[0]).name}: error{rank}: {' '.join(str(error).split())}", file=sys.stderr)
         end_output()
-        sys.exit(1 if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else 2)
+        sys.exit(1 if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO) else 2)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -10,6 +10,7 @@ generated as one batch and written one after another."""
 
 import codecs
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -175,8 +176,8 @@ def main():
         raise UserError(f"give {' or '.join(given)}, not both")
     if args.session and (args.cache != "stream" or args.num_samples > 1 or args.prompts or args.interactive or args.score):
         raise UserError("--session goes with --cache=stream, one prompt and one sample")
-    if args.session and not args.session.absolute().parent.is_dir():
-        raise UserError(f"--session={args.session}: there is no such folder")
+    if args.session and not os.access(folder := args.session.absolute().parent, os.W_OK):
+        raise UserError(f"--session={args.session}: {'no writing to' if folder.exists() else 'there is no'} {folder}")
     if args.interactive and args.num_samples > 1:
         raise UserError("--interactive shows one sample of each prompt: leave --num_samples out")
 

@@ -216,6 +216,14 @@ def test_autocast_computes_in_float32(impl):
     assert out.dtype is torch.bfloat16 and torch.equal(out, tau_attention(q, k, v.float(), 1.0, impl=impl).bfloat16())
 
 
+@pytest.mark.parametrize("wrong", [dict(temperature=torch.ones(5)), dict(log_decay=torch.zeros(1, 2, 3)), dict(key_bias=torch.zeros(1, 2)),
+                                   dict(v=torch.zeros(1, 8, 4)), dict(lambda_k=torch.zeros(1, 2, 7)), dict(temperature=0.0)], ids=str)
+def test_what_does_not_fit_is_named(wrong):
+    right = dict(lambda_q=torch.zeros(1, 2, 8), lambda_k=torch.zeros(1, 2, 8), v=torch.zeros(1, 2, 8, 4), temperature=1.0)
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        tau_attention(**right | wrong)
+
+
 @pytest.mark.parametrize("impl", ["naive", "walk", "tree"])
 def test_not_finite(impl):
     q, k, v, *_ = inputs(T=100, dtype=torch.float32)

@@ -180,6 +180,13 @@ def test_a_prompt_is_a_line(work, tmp_path):
     assert ok("sample.py", "out/small", "--max_new_tokens=5", f"--prompts={tmp_path}/prompts.txt", cwd=work) == "\n".join(expected)
 
 
+def test_a_closed_stream(work):
+    command = f"{sys.executable} {ROOT}/sample.py out/small --max_new_tokens=5 --seed=3"
+    said = lambda how: subprocess.run(command + how, shell=True, cwd=work, capture_output=True, text=True)
+    assert said(" >&-").returncode == 0 and said(" 2>&-").stdout == said("").stdout != ""
+    assert said(" --prompt_file=- <&-").stdout == said(" --prompt_file=/dev/null").stdout
+
+
 def test_nobody_takes_the_output(work):
     command = f"{sys.executable} {ROOT}/sample.py out/small --max_new_tokens=5 > /dev/full"
     done = subprocess.run(command, shell=True, cwd=work, capture_output=True, text=True)
@@ -192,7 +199,7 @@ def test_nobody_takes_the_output(work):
     (["out/small", "--max_new_tokens=x"], "max_new_tokens"), (["out/small", "--prompt_file=absent"], "absent"),
     (["out/small", "--prompt=a", "--prompt_file=b"], "not both"), (["out/small", "--prompts=absent"], "absent"),
     (["out/small", "--score=/dev/null"], "at least 2"), (["out/small", "--session=s"], "--cache=stream"),
-    (["out/small", "--cache=stream", "--session=no/s"], "no such folder"), (["out/small", "--score="], "directory"),
+    (["out/small", "--cache=stream", "--session=no/s"], "there is no"), (["out/small", "--score="], "directory"),
     (["out/small", "--interactive", "--num_samples=2"], "--num_samples"),
     (["out/small", "--prompts=/dev/null"], "no prompt"), (["out/small", "--stop="], "--stop"), (["out/small", "--device=abacus"], "abacus")])
 def test_mistakes(work, args, expected):
