@@ -409,7 +409,7 @@ def quickstart(lambda_dtype, seed):
 def bench_precision(args):
     """The quick start with energies and lambdas in float32, as they are, and in bfloat16; all else is float32. Two runs at a time."""
     every = [(dtype, seed) for seed in (1, 2, 3) for dtype in ("float32", "bfloat16")]
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
+    with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:  # a process is rounded for good
         losses = pool.starmap(quickstart, every, chunksize=1)
     write("precision", [{"lambda": dtype, "seed": seed, "val_loss": f"{loss:.4f}"} for (dtype, seed), loss in zip(every, losses)], args)
 
