@@ -47,23 +47,19 @@ def tau_attention(lambda_q, lambda_k, v, temperature, log_decay=None, key_bias=N
 
     Returns (B, H, Tq, D) in v's dtype, computed in float32 (float64 if v is that), under autocast too; triton multiplies
     weights and values in v's dtype and is never finer than float32. Differentiable in every float input. Raises ValueError
-    for shapes that do not fit, for a number as temperature that is not positive, for an impl that is unknown or does not apply, and, in autograd's anomaly mode, for inputs
-    that are not finite.
+    for shapes that do not fit, for a number as temperature that is not positive, for an impl that is unknown or does not
+    apply, and, in autograd's anomaly mode, for inputs that are not finite.
     """
-    fit = lambda_q.ndim == 3 and v.ndim == 4
-    if fit:
-        (B, H, Tq), (Hkv, T, D) = lambda_q.shape, v.shape[1:]
-        fit = (lambda_k.shape == (B, Hkv, T) and v.shape[0] == B and H % Hkv == 0 and Tq <= T
-               and (not torch.is_tensor(temperature) or temperature.shape in ((), (H,)))
-               and (log_decay is None or log_decay.shape in ((B, H, T), (H,))) and (key_bias is None or key_bias.shape == (B, Hkv, T)))
-    if not fit:
-        shapes = dict(lambda_q=lambda_q, lambda_k=lambda_k, v=v, temperature=temperature, log_decay=log_decay, key_bias=key_bias)
-        raise ValueError("shapes do not fit: " + ", ".join(f"{name} {tuple(x.shape)}" for name, x in shapes.items() if torch.is_tensor(x)))
+    given = dict(lambda_q=lambda_q, lambda_k=lambda_k, v=v, temperature=temperature, log_decay=log_decay, key_bias=key_bias)
+    given = {name: x for name, x in given.items() if torch.is_tensor(x)}
+    if not shapes_fit(**given):
+        raise ValueError("shapes do not fit: " + ", ".join(f"{name} {tuple(x.shape)}" for name, x in given.items()))
+    (B, H, Tq), (Hkv, T, D) = lambda_q.shape, v.shape[1:]
     if not torch.is_tensor(temperature) and not temperature > 0:
         raise ValueError(f"temperature={temperature} must be positive")
     if not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
-        for name, x in dict(lambda_q=lambda_q, lambda_k=lambda_k, v=v, log_decay=log_decay, key_bias=key_bias).items():
-            if x is not None and not x.isfinite().all():
+        for name, x in given.items():
+            if not x.isfinite().all():
                 raise ValueError(f"{name} holds NaN or infinity")
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r}: one of {', '.join(IMPLS)}")
@@ -91,6 +87,16 @@ def tau_attention(lambda_q, lambda_k, v, temperature, log_decay=None, key_bias=N
         if key_bias is not None:
             key_bias = key_bias.to(scalar)
         return fast_attention(*inputs, temperature, log_decay, key_bias, impl)[0].to(v.dtype)
+
+
+def shapes_fit(lambda_q, lambda_k, v, temperature=None, log_decay=None, key_bias=None):
+    """Whether tensors, where they are given, have the shapes that tau_attention() asks for."""
+    if lambda_q.ndim != 3 or v.ndim != 4:
+        return False
+    (B, H, Tq), (Hkv, T) = lambda_q.shape, v.shape[1:3]
+    return (lambda_k.shape == (B, Hkv, T) and len(v) == B and H % Hkv == 0 and Tq <= T
+            and (temperature is None or temperature.shape in ((), (H,)))
+            and (log_decay is None or log_decay.shape in ((B, H, T), (H,))) and (key_bias is None or key_bias.shape == (B, Hkv, T)))
 
 
 def finest(device):

@@ -265,7 +265,7 @@ def bench_decode(args):
         return {key: (times[key], cache.nbytes()) for key, cache in caches.items()}
 
     rows, contexts = [], [n for n in LONG_CONTEXTS if n <= args.longest]
-    process_mb = in_own_process(stream_process_mb, contexts)
+    process_mb = in_own_process(stream_process_mb, contexts) if sys.platform == "linux" else {}
     with torch.no_grad():
         for repeat in range(args.repeats):
             for (_, kind), (times, size) in measured([0], 1024).items():
@@ -279,7 +279,7 @@ def bench_decode(args):
         ms = 1e3 * np.array([row["seconds"] for row in runs])
         results.append({"table": table, "kind": kind, "context": n, "p50_ms": float(np.median(ms)), "p95_ms": float(np.percentile(ms, 95)),
                         "mean_ms": float(np.median(ms.mean(1))), "cache_mb": runs[0]["cache_mb"], "runs": len(runs),
-                        "process_mb": process_mb[n] if (table, kind) == ("long context", "tau, stream") else "-"})
+                        "process_mb": process_mb.get(n, "-") if (table, kind) == ("long context", "tau, stream") else "-"})
     dot = {(row["table"], row["context"]): row for row in results if row["kind"].startswith("dot")}
     for row in results:
         row["times_as_fast_as_dot"] = dot[row["table"], row["context"]]["p50_ms"] / row["p50_ms"]
@@ -390,10 +390,10 @@ def rounded(x):
     return x.bfloat16().float()
 
 
-def quickstart(lambda_dtype, seed):
-    """Best validation loss of the quick start, in this process, on one thread. lambda_dtype float32: as it is; bfloat16: what energies
+def quickstart(lambda_dtype, seed, threads):
+    """Best validation loss of the quick start, in this process, which is rounded for good. lambda_dtype float32: as it is; bfloat16: what energies
     are made of, energies and lambdas are rounded, and sums float32, as a matrix product in bfloat16 has it."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     if lambda_dtype == "bfloat16":
         model_file.energy = lambda x, L: rounded(energy(rounded(x), rounded(L)))
         model_file.filtered_energy = lambda x, roots, log_filter: rounded(filtered_energy(rounded(x), rounded(roots), log_filter))
@@ -407,11 +407,10 @@ def quickstart(lambda_dtype, seed):
 
 
 def bench_precision(args):
-    """The quick start with energies and lambdas in float32, as they are, and in bfloat16; all else is float32. Two runs at a time."""
-    every = [(dtype, seed) for seed in (1, 2, 3) for dtype in ("float32", "bfloat16")]
-    with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:  # a process is rounded for good
-        losses = pool.starmap(quickstart, every, chunksize=1)
-    write("precision", [{"lambda": dtype, "seed": seed, "val_loss": f"{loss:.4f}"} for (dtype, seed), loss in zip(every, losses)], args)
+    """The quick start with energies and lambdas in float32, as they are, and in bfloat16; all else is float32."""
+    rows = [{"lambda": dtype, "seed": seed, "val_loss": f"{in_own_process(quickstart, dtype, seed, torch.get_num_threads()):.4f}"}
+            for seed in (1, 2, 3) for dtype in ("float32", "bfloat16")]
+    write("precision", rows, args)
 
 
 def resident_mb():

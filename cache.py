@@ -224,9 +224,10 @@ class StreamCache(CompiledCache):
 def make_cache(name, config, device, length=0):
     """A cache by name, for so many tokens (0: block_size; stream has no end). exact, where it does not apply (dot, a GPU, no
     compiler), is the plain one, with which it agrees."""
-    if name == "plain" or name == "exact" and (config.attention != "tau" or device.type != "cpu"):
+    applies = config.attention == "tau" and device.type == "cpu"
+    if name == "plain" or name == "exact" and not applies:
         return Cache(config, length)
-    if config.attention != "tau" or device.type != "cpu":
+    if not applies:
         raise UserError("cache 'stream' is of attention = \"tau\" on a CPU: take exact")
     if reason := not_compiled():
         if name == "stream":

@@ -42,9 +42,9 @@ def with_key_weights(q, k, v, log_decay, key_bias):
     parts = torch.stack([high, rest.bfloat16(), rest - rest.bfloat16()], -1).to(k.dtype)  # (B, H, T, 3)
     parts = parts.view(B, Hkv, -1, T, 3).movedim(2, 3).flatten(3)
     ones = torch.eye(H // Hkv, dtype=q.dtype, device=q.device).repeat_interleave(3, 1).repeat(Hkv, 1)[:, None].expand(B, H, T, -1)
-    more = ones.size(-1) + -(D + ones.size(-1)) % 8
-    padded = lambda x, *y: F.pad(torch.cat([x, *y], -1), (0, D + more - x.size(-1) - sum(part.size(-1) for part in y)))
-    return padded(q, ones), padded(k, parts), padded(v)
+    width = -(-(D + ones.size(-1)) // 8) * 8  # as flash attention wants it
+    padded = lambda x: F.pad(x, (0, width - x.size(-1)))
+    return padded(torch.cat([q, ones], -1)), padded(torch.cat([k, parts], -1)), padded(v)
 
 
 def window_attention(q, k, v, log_decay, key_bias, window, scale):

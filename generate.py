@@ -5,7 +5,7 @@ import torch.nn as nn
 
 from cache import StreamCache, make_cache
 
-PREFILLED = 256  # tokens of a stream at a time
+PIECE = 256  # tokens at a time, where memory is not to grow with the text
 
 
 def for_decoding(model):
@@ -43,7 +43,7 @@ def sample(p, generators):
 def prefill(model, tokens, cache):
     """Logits (B, V) of the next token after tokens (B, T >= 1), which the cache takes up; without one, cache = None. A stream takes
     some at a time, so that memory does not grow with them."""
-    for part in tokens.split(PREFILLED if isinstance(cache, StreamCache) else tokens.size(1), 1):
+    for part in tokens.split(PIECE if isinstance(cache, StreamCache) else tokens.size(1), 1):
         x = model(part, cache=cache, head=False)
     return model.logits(x[:, -1])
 

@@ -23,9 +23,8 @@ import checkpoint
 from cache import StreamCache, make_cache
 from common import Parser, UserError, choose_device, run
 from data import tokenizer as tokenizers
-from generate import decode_n_tokens, for_decoding
+from generate import PIECE, decode_n_tokens, for_decoding
 
-SCORED = 256  # tokens scored at a time
 BATCH = 64  # samples generated at a time
 
 
@@ -134,8 +133,8 @@ def score(model, tokens, cache_name):
     window = len(tokens) if endless else model.config.block_size
     for begin in tqdm(range(0, len(tokens) - 1, window), unit=" windows", disable=None):
         cache = make_cache(cache_name if endless else "plain", model.config, device)
-        for start in range(begin, min(begin + window, len(tokens) - 1), SCORED):
-            stop = min(start + SCORED, begin + window, len(tokens) - 1)
+        for start in range(begin, min(begin + window, len(tokens) - 1), PIECE):
+            stop = min(start + PIECE, begin + window, len(tokens) - 1)
             idx, targets = (torch.tensor([tokens[start + s:stop + s]], device=device) for s in (0, 1))
             total += F.cross_entropy(model.logits(model(idx, cache=cache, head=False))[0], targets[0], reduction="sum").item()
     return total / (len(tokens) - 1)
