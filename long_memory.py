@@ -6,7 +6,7 @@
 copy       16 of the tokens are letters, the others blank; after the last the letters are to be said in their order
 recall     pairs of key and value; then some of the keys come again, and each is to be followed by its value
 needle     one marked letter among many others; after the mark comes again, that letter
-induction  random tokens; the last one stood once before, and what followed it then is to follow again
+induction  random tokens; then some that stood once before come again, and each is to be followed by what followed it then
 
 (The tasks on which the paper's author timed the model, here learned.) A config gives the attention: its model settings but
 for the size, which is 2 layers of width 64, on a chain. Training draws fresh sequences of 16 to 128 tokens; the tests
@@ -64,14 +64,15 @@ def needle(draw, B, T):
 
 
 def induction(draw, B, T):
-    idx = draw.integers(LETTERS - 1, size=(B, T))
-    rare = draw.integers(LETTERS, size=(B, 1))  # the token that comes back, and nowhere else
-    idx += idx >= rare
-    place = draw.integers(T - 3, size=(B, 1))
-    np.put_along_axis(idx, place, rare, 1)
-    idx[:, -2:-1] = rare
-    idx[:, -1:] = np.take_along_axis(idx, place + 1, 1)
-    return idx, np.array([T - 1])
+    n = min(4, T // 16)
+    letters = draw.permuted(np.tile(np.arange(LETTERS), (B, 1)), axis=1)
+    rare, common = letters[:, :n], letters[:, n:]  # the tokens that come back, and the others
+    idx = np.take_along_axis(common, draw.integers(LETTERS - n, size=(B, T)), 1)
+    places = 2 * draw.permuted(np.tile(np.arange(T // 2 - n), (B, 1)), axis=1)[:, :n]
+    np.put_along_axis(idx, places, rare, 1)
+    idx[:, -2 * n::2] = rare
+    idx[:, 1 - 2 * n::2] = np.take_along_axis(idx, places + 1, 1)
+    return idx, np.arange(T - 2 * n + 1, T, 2)
 
 
 TASKS = {task.__name__: task for task in (copy, recall, needle, induction)}

@@ -20,8 +20,7 @@ def test_answers_follow_from_what_came_before(T):
                 assert row[places[0] - 1] == MARK and [x for x in row[:places[0] - 1] if x != BLANK] == [row[t] for t in places]
             for t in places if name == "recall" else ():
                 assert [row[s + 1] for s in range(0, places[0] - 2, 2) if row[s] == row[t - 1]] == [row[t]]
-            if name in ("needle", "induction"):
-                t, = places
+            for t in places if name in ("needle", "induction") else ():
                 assert [row[s + 1] for s in range(t - 1) if row[s] == row[t - 1]] == [row[t]] and row[t] < LETTERS
 
 
