@@ -252,9 +252,10 @@ def _long_from(device):
         return 16384
     try:
         seconds = {(row["impl"], row["T"]): row["forward_backward_ms"] for row in json.loads(MEASURED.read_text())["rows"]}
+        behind = [T for impl, T in seconds if impl == "tree" and seconds[impl, T] >= seconds.get(("triton", T), math.inf)]
+        return 2 * max(behind, default=128)  # the lengths double, from 256 on
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{MEASURED} is damaged ({error}): remove it, or make it again with `bench.py attention --device=cuda`") from None
-    return min((T for impl, T in seconds if impl == "tree" and seconds[impl, T] < seconds.get(("triton", T), 0)), default=sys.maxsize)
 
 
 @functools.cache

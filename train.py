@@ -238,24 +238,34 @@ def memory_errors_named(settings):
                          f"({str(error).splitlines()[0]})") from None
 
 
-def memory_needed(model, settings):
-    """Bytes of a training step in float32, by counting what is kept: weights, gradients and AdamW's two means, and for
-    each token and layer, in units of the width C, the norms' results (2), q, k, v, the attention's result (and, for tau,
-    its signed twin), and the MLP's hidden layer (4). Smaller things are left out."""
-    config = model.config
-    keys = config.n_kv_head / config.n_head
-    kept = 2 + 1 + 2 * keys + (2 if config.attention == "tau" else 1) + 4
-    tokens = settings.batch_size * config.block_size
-    logits = 3 * max(LOSS_CHUNK, tokens / 32) * config.vocab_size
+def kept_a_sequence(model, idx, targets):
+    """Bytes that another sequence leaves for the backward pass: what two leave less what one does. idx, targets (1, T)."""
+    def kept(sequences):
+        sizes = {}
+
+        def noted(x):
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+        with torch.autograd.graph.saved_tensors_hooks(noted, lambda x: x):
+            loss = model(idx.repeat(sequences, 1), targets.repeat(sequences, 1))  # as long as it lives, so do they
+        return sum(sizes.values())
+    return kept(2) - kept(1)
+
+
+def memory_needed(model, settings, sequence):
+    """Bytes of a training step of which each sequence leaves so many: with weights, gradients, AdamW's two means and the logits, and
+    a tenth more."""
+    logits = 3 * max(LOSS_CHUNK, settings.batch_size * model.config.block_size / 32) * model.config.vocab_size
     weights = model.parameter_count() * (5 if settings.ema_decay else 4)
-    return 4 * (weights + tokens * config.n_layer * config.n_embd * kept + logits)
+    return 1.1 * (4 * (weights + logits) + settings.batch_size * sequence)
 
 
-def fitting(model, settings, gigabytes):
+def fitting(model, settings, sequence, gigabytes):
     """(batch_size, grad_accum_steps) for the same tokens a step with the greatest batch that memory_needed() lets in."""
     sequences = settings.batch_size * settings.grad_accum_steps
-    for batch_size in range(sequences, 0, -1):
-        if sequences % batch_size == 0 and memory_needed(model, replace(settings, batch_size=batch_size)) <= gigabytes * 2**30:
+    for batch_size in range(sequences // WORLD, 0, -1):
+        if sequences % (batch_size * WORLD) == 0 \
+                and memory_needed(model, replace(settings, batch_size=batch_size), sequence) <= gigabytes * 2**30:
             return batch_size, sequences // batch_size
     return None
 
@@ -439,6 +449,15 @@ def train(settings, given):
             print(f"{out_dir} is at step {state['step']} already: nothing to do")
         return
     if settings.dry_run:
+        with autocast:
+            sequence = kept_a_sequence(raw_model, *(x[:1] for x in batch_of(state["step"], micro_batches[0])))
+        if master:
+            print(f"parameters       {raw_model.parameter_count():,}\n"
+                  f"tokens           {tokens_per_step:,} a step, {tokens_per_step * settings.max_steps:,} in all\n"
+                  f"memory           {memory_needed(raw_model, settings, sequence) / 2**30:.2f} GB on each device by counting\n"
+                  f"batch            " + "; ".join(f"in {gigabytes} GB " + (
+                      "batch_size = {} and grad_accum_steps = {}".format(*fits) if (fits := fitting(raw_model, settings, sequence, gigabytes))
+                      else "not one sequence") for gigabytes in (24, 40, 80)), flush=True)
         training_step()
         begin = time.perf_counter()
         for _ in range(3):
@@ -446,13 +465,7 @@ def train(settings, given):
         seconds = (time.perf_counter() - begin) / 3
         if master:
             left = settings.max_steps - (state["step"] - 4)
-            print(f"parameters       {raw_model.parameter_count():,}\n"
-                  f"tokens           {tokens_per_step:,} a step, {tokens_per_step * settings.max_steps:,} in all\n"
-                  f"memory           {memory_needed(raw_model, settings) / 2**30:.2f} GB on each device by counting in float32, "
-                  f"{peak_mem_mb(device) / 2**10:.2f} GB at the peak of these steps\n"
-                  f"batch            " + "; ".join(f"in {gigabytes} GB " + (
-                      "batch_size = {} and grad_accum_steps = {}".format(*fits) if (fits := fitting(raw_model, settings, gigabytes))
-                      else "not one sequence") for gigabytes in (24, 40, 80)) + "\n"
+            print(f"peak             {peak_mem_mb(device) / 2**10:.2f} GB in these steps\n"
                   f"time             {seconds:.2f} s a step, {tokens_per_step / seconds:,.0f} tokens/s, "
                   f"{timedelta(seconds=round(seconds * left))} h for {left:,} steps, without validation")
         return

@@ -270,7 +270,7 @@ def test_without_a_compiler_the_fallback_is_announced(tmp_path):
     assert "tree (attention.cpp could not be compiled" in done.stderr
 
 
-@pytest.mark.parametrize("tree_ms, expected", [({4096: 3, 8192: 5}, 8192), ({4096: 3, 8192: 7}, sys.maxsize)])
+@pytest.mark.parametrize("tree_ms, expected", [({4096: 3, 8192: 5}, 8192), ({4096: 3, 8192: 7}, 16384), ({4096: 1, 8192: 5}, 256)])
 def test_where_the_tree_begins_on_a_gpu_is_what_was_measured(tmp_path, monkeypatch, tree_ms, expected):
     rows = [{"impl": impl, "T": T, "forward_backward_ms": ms} for impl, times in (("triton", {4096: 2, 8192: 6}), ("tree", tree_ms))
             for T, ms in times.items()]
@@ -279,9 +279,10 @@ def test_where_the_tree_begins_on_a_gpu_is_what_was_measured(tmp_path, monkeypat
     assert attention._long_from.__wrapped__("cuda") == 16384
     attention.MEASURED.write_text(json.dumps({"rows": rows}))
     assert attention._long_from.__wrapped__("cuda") == expected
-    attention.MEASURED.write_text(json.dumps({"rows": rows})[:-9])
-    with pytest.raises(UserError, match="measured.json is damaged"):
-        attention._long_from.__wrapped__("cuda")
+    for damaged in (json.dumps({"rows": rows})[:-9], json.dumps({"rows": [{**row, "forward_backward_ms": "3 ms"} for row in rows[:1]] + rows[2:]})):
+        attention.MEASURED.write_text(damaged)
+        with pytest.raises(UserError, match="measured.json is damaged"):
+            attention._long_from.__wrapped__("cuda")
 
 
 @pytest.mark.cuda

@@ -7,11 +7,13 @@ import sys
 import time
 import tomllib
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import checkpoint
+import train
 from build_laplacian import load_laplacian
 from common import UserError
 from config import Settings, parse
@@ -265,8 +267,21 @@ def test_dry_run_writes_nothing(here):
     out = ok("train.py", ROOT / "configs" / "quickstart_published.toml", "--data_dir=docs", "--n_embd=32", "--dry_run=True", cwd=here)
     parameters = 2 * 300 * 32 + 4 * 12 * 32 * 32
     assert f"parameters       {parameters:,}\n" in out and "tokens           2,048 a step, 3,072,000 in all\n" in out
+    assert out.index("memory  ") < out.index("peak  ")
     assert "in 24 GB batch_size = 16 and grad_accum_steps = 1" in out
     assert "h for 1,500 steps" in out and sorted(path.name for path in here.iterdir()) == ["docs", "small.toml"]
+
+
+def test_the_batch_that_fits(monkeypatch):
+    w = torch.ones(1, requires_grad=True)
+    T = 100
+    assert train.kept_a_sequence(lambda idx, targets: (w * idx).exp().sum(), torch.ones(1, T), torch.ones(1, T)) == 2 * 4 * T
+    model = SimpleNamespace(config=SimpleNamespace(block_size=T, vocab_size=1), parameter_count=lambda: 0)
+    settings = Settings(batch_size=6, grad_accum_steps=4)
+    fits = lambda share: train.fitting(model, settings, 2**30, share)  # a GB a sequence
+    assert [fits(gigabytes) for gigabytes in (1, 5, 100)] == [None, (4, 6), (24, 1)]
+    monkeypatch.setattr(train, "WORLD", 2)
+    assert [fits(gigabytes) for gigabytes in (1, 5, 100)] == [None, (4, 6), (12, 2)]
 
 
 def test_profile(here):
