@@ -248,14 +248,16 @@ fastest._dynamo_marked_constant = long_from._dynamo_marked_constant = True
 def _long_from(device):
     if device != "cuda" or not gpu_kernels():
         return 4096
-    if not MEASURED.exists():
+    behind = {}  # whether the tree is, by length
+    if MEASURED.exists():
+        try:
+            seconds = {(row["impl"], row["T"]): row["forward_backward_ms"] for row in json.loads(MEASURED.read_text())["rows"]}
+            behind = {T: seconds[impl, T] >= seconds["triton", T] for impl, T in seconds if impl == "tree" and ("triton", T) in seconds}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{MEASURED} is damaged ({error}): remove it, or make it again with `bench.py attention --device=cuda`") from None
+    if not behind:
         return 16384
-    try:
-        seconds = {(row["impl"], row["T"]): row["forward_backward_ms"] for row in json.loads(MEASURED.read_text())["rows"]}
-        behind = [T for impl, T in seconds if impl == "tree" and seconds[impl, T] >= seconds.get(("triton", T), math.inf)]
-        return 2 * max(behind, default=128)  # the lengths double, from 256 on
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{MEASURED} is damaged ({error}): remove it, or make it again with `bench.py attention --device=cuda`") from None
+    return 2 * max((T for T in behind if behind[T]), default=128)  # the lengths double, from 256 on
 
 
 @functools.cache

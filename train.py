@@ -465,7 +465,7 @@ def train(settings, given):
         seconds = (time.perf_counter() - begin) / 3
         if master:
             left = settings.max_steps - (state["step"] - 4)
-            print(f"peak             {peak_mem_mb(device) / 2**10:.2f} GB in these steps\n"
+            print(f"peak             {peak_mem_mb(device) / 2**10:.2f} GB at most in these steps\n"
                   f"time             {seconds:.2f} s a step, {tokens_per_step / seconds:,.0f} tokens/s, "
                   f"{timedelta(seconds=round(seconds * left))} h for {left:,} steps, without validation")
         return
