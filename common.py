@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -11,6 +12,9 @@ from pathlib import Path
 
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, default))  # among the processes that torchrun started
                            for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+
+
+NUMBER = (int, float)  # for read_lines
 
 
 class UserError(ValueError):
@@ -96,25 +100,37 @@ def refuse_existing(path, overwrite):
         raise UserError(f"{path} exists already: give --overwrite to replace it, or another place")
 
 
-def check_place(path, suffix, overwrite):
+def check_place(path, suffix, overwrite, option="--out"):
     """Raise UserError unless a file may be written to `path`: its name, its folder, and that it is not there yet."""
     if path.suffix != suffix:
-        raise UserError(f"--out={path} must end in {suffix}")
+        raise UserError(f"{option}={path} must end in {suffix}")
     if not path.parent.is_dir():
         raise UserError(f"folder {path.parent} does not exist: make it first")
     refuse_existing(path, overwrite)
 
 
-def read_lines(path, *fields):
+def append_line(path, record):
+    """Add an object to a file of JSON objects, one a line, in place of a last line without an end, of a writer that was killed.
+    Several processes may do so at a time."""
+    with open(path, "ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(json.dumps(record).encode() + b"\n")
+        file.flush()
+
+
+def read_lines(path, **fields):
     """[(line, object)] of a file of JSON objects, one a line; a last line without an end, of a writer that was killed, is
-    left out. Raises UserError for a line that is no object or lacks one of the fields."""
+    left out. fields: names and types that each object must have. Raises UserError for a line that is no object or lacks one."""
     records = []
     for number, line in enumerate(path.read_text(errors="replace").splitlines(keepends=True), 1):
         if line.endswith("\n"):
             try:
                 records.append((line, json.loads(line)))
-                for field in fields:
-                    records[-1][1][field]
+                for field, kind in fields.items():
+                    if not isinstance(value := records[-1][1][field], kind):
+                        raise TypeError(f"{field} is {value!r}")
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(f"{path}, line {number} is damaged ({type(error).__name__}: {error}): mend or remove it") from None
     return records

@@ -1,7 +1,7 @@
 """Does attention find what lies far back? Small models learn four tasks, and their accuracy is taken at each length.
 
     python long_memory.py configs/shakespeare_char_tau.toml configs/shakespeare_char_dot.toml
-    python long_memory.py --figure=results/long_memory.png        of the results that are there, and their table
+    python long_memory.py --results=results/long_memory.jsonl --figure=FILE.png       of results that are there, and their table
 
 copy       16 of the tokens are letters, the others blank; after the last the letters are to be said in their order
 recall     pairs of key and value; then some of the keys come again, and each is to be followed by its value
@@ -10,9 +10,9 @@ induction  random tokens; then some that stood once before come again, and each 
 
 (The tasks on which the paper's author timed the model, here learned.) A config gives the attention: its model settings but
 for the size, which is 2 layers of width 64, on a chain. Training draws fresh sequences of 16 to 128 tokens; the tests
-go to 512. A line of RESULTS for each task, config and seed; those that are there are left."""
+go to 512. tau is the median energy of the first batch, as in train.py. A line of RESULTS for each task, config and seed; those that
+are there are left."""
 
-import json
 import math
 from dataclasses import fields
 from pathlib import Path
@@ -22,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import taumode
 from build_laplacian import laplacian_of
-from common import Parser, UserError, check_place, commit, read_lines, replacing, run
-from config import read_settings
+from common import Parser, UserError, append_line, check_place, commit, read_lines, replacing, run
+from config import Settings, read_settings
 from model import ModelConfig, Tauformer
 
 LETTERS = 32  # tokens 0 .. 31
@@ -78,9 +79,8 @@ def induction(draw, B, T):
 TASKS = {task.__name__: task for task in (copy, recall, needle, induction)}
 
 
-def answers(model, task, draw, B, T):
-    """(logits (B, n, V), right tokens (B, n)) at the places of a batch that are to be foretold."""
-    idx, places = task(draw, B, T)
+def answers(model, idx, places):
+    """(logits (B, n, V), right tokens (B, n)) at the places of a batch idx (B, T) that are to be foretold."""
     idx = torch.from_numpy(idx)
     x = model(idx[:, :-1], head=False)[:, places - 1]
     return model.head(x), idx[:, places]
@@ -89,15 +89,19 @@ def answers(model, task, draw, B, T):
 def learn(config, task, seed, steps, batch_size, learning_rate):
     """The accuracies, {length: share}, of a model of `config` after its training."""
     torch.manual_seed(seed)
-    draw = np.random.default_rng(seed)
     D = config.head_size
     chain = laplacian_of(np.diag(np.ones(D - 1), 1) + np.diag(np.ones(D - 1), -1))
     model = Tauformer(config, torch.from_numpy(chain) if config.attention == "tau" else None)
+    batch = lambda draw: task(draw, batch_size, int(draw.integers(16, TRAINED + 1)))
+    if config.attention == "tau":
+        idx, _ = batch(np.random.default_rng(seed))  # the first one of the training
+        taumode.calibrate(model, [torch.from_numpy(idx)], Settings(tau_mode=config.tau_mode))
+    draw = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, betas=(0.9, 0.99), fused=True)
     for step in (progress := tqdm(range(steps), unit=" steps", dynamic_ncols=True, disable=None, leave=False)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(1, (step + 1) / 100) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
-        logits, right = answers(model, task, draw, batch_size, int(draw.integers(16, TRAINED + 1)))
+        logits, right = answers(model, *batch(draw))
         loss = F.cross_entropy(logits.flatten(0, 1), right.flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -111,7 +115,7 @@ def learn(config, task, seed, steps, batch_size, learning_rate):
         for T in LENGTHS:
             draw = np.random.default_rng([seed, T])
             right = [(logits.argmax(-1) == right).float().mean().item()
-                     for logits, right in (answers(model, task, draw, 32, T) for _ in range(8))]
+                     for logits, right in (answers(model, *task(draw, 32, T)) for _ in range(8))]
             accuracy[T] = sum(right) / len(right)
     return accuracy
 
@@ -120,6 +124,16 @@ def attention_of(path):
     """ModelConfig of a file of settings, but for the size."""
     names = {f.name for f in fields(ModelConfig)} - {"dropout", "n_kv_head", *SIZE}
     return ModelConfig(**SIZE, **{name: value for name, value in read_settings(path).items() if name in names})
+
+
+def read_results(path):
+    """The lines of a file of results; none where there is no file. Raises UserError for a damaged one."""
+    records = [record for _, record in read_lines(path, task=str, form=str, seed=int, accuracy=dict, steps=int, batch_size=int,
+                                                  learning_rate=float)] if path.exists() else []
+    for record in records:
+        if not all(isinstance(record["accuracy"].get(str(T)), float) for T in LENGTHS):
+            raise UserError(f"{path} is damaged: the accuracy of {record['form']}, {record['task']}, seed {record['seed']} lacks a length")
+    return records
 
 
 def table(records):
@@ -165,31 +179,35 @@ def main():
     options.add_argument("--steps", type=int, default=2000)
     options.add_argument("--batch_size", type=int, default=32)
     options.add_argument("--learning_rate", type=float, default=3e-3)
-    options.add_argument("--results", type=Path, default=Path("results/long_memory.jsonl"), metavar="RESULTS.jsonl")
+    options.add_argument("--results", type=Path, default=Path("results/my_long_memory.jsonl"), metavar="RESULTS.jsonl")
     options.add_argument("--figure", type=Path, metavar="FILE.png", help="draw them")
     options.add_argument("--overwrite", action="store_true", help="replace a figure that is there already")
     args = options.parse_args()
-    if min(args.steps, args.batch_size, *(seed + 1 for seed in args.seeds)) < 1 or not args.learning_rate > 0:
-        raise UserError("--steps, --batch_size and --learning_rate must be positive, and no seed negative")
+    if min(args.steps, args.batch_size) < 1 or not 0 < args.learning_rate < math.inf:
+        raise UserError("--steps, --batch_size and --learning_rate must be positive")
+    if not all(0 <= seed < 2**31 for seed in args.seeds):
+        raise UserError(f"--seeds={' '.join(map(str, args.seeds))}: they must be 0 or more and below 2^31")
     if args.figure:
-        check_place(args.figure, ".png", args.overwrite)
+        check_place(args.figure, ".png", args.overwrite, "--figure")
     forms = {path.stem: attention_of(path) for path in args.configs}
-    read = lambda: [record for _, record in read_lines(args.results, "task", "form", "seed", "accuracy")] if args.results.exists() else []
+    if len(forms) < len(args.configs):
+        raise UserError("two of these configs have the same name, by which the results tell them apart: rename one")
+    training = {name: getattr(args, name) for name in ("steps", "batch_size", "learning_rate")}
     if forms:
         open(args.results, "a").close()  # a place that cannot be written to is found now
-    there = {(record["task"], record["form"], record["seed"]) for record in read()}
+        for record in read_results(args.results):
+            if (other := {name: record[name] for name in training}) != training:
+                raise UserError(f"{args.results} has runs of {other}, not {training}: give another --results")
+    there = {(record["task"], record["form"], record["seed"]) for record in read_results(args.results)}
     for seed in args.seeds:
         for task in args.tasks:
             for form, config in forms.items():
                 if (task, form, seed) in there:
                     continue
                 accuracy = learn(config, TASKS[task], seed, args.steps, args.batch_size, args.learning_rate)
-                line = {"task": task, "form": form, "seed": seed, "accuracy": accuracy, "steps": args.steps, "batch_size": args.batch_size,
-                        "learning_rate": args.learning_rate, "commit": commit()}
+                append_line(args.results, {"task": task, "form": form, "seed": seed, "accuracy": accuracy} | training | {"commit": commit()})
                 print(f"{task}, {form}, seed {seed}: " + ", ".join(f"{share:.3f} at {T}" for T, share in accuracy.items()), flush=True)
-                with open(args.results, "a") as file:
-                    file.write(json.dumps(line) + "\n")
-    records = read()
+    records = read_results(args.results)
     if not records:
         raise UserError(f"no results in {args.results}: give configs to train")
     print(table(records))

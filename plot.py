@@ -17,14 +17,14 @@ import torch
 
 import checkpoint
 from build_laplacian import load_laplacian
-from common import Parser, UserError, check_place, read_lines, replacing, run
+from common import NUMBER, Parser, UserError, check_place, read_lines, replacing, run
 from model import head_laplacians
 
 
 def read_metrics(folder):
     """{"train": records, "val": records} of a run's metrics.jsonl."""
     path = folder / "metrics.jsonl"
-    records = [record for _, record in read_lines(path, "split", "tokens", "elapsed_s", "loss")]
+    records = [record for _, record in read_lines(path, split=str, tokens=int, elapsed_s=NUMBER, loss=(*NUMBER, type(None)))]
     metrics = {split: [record for record in records if record["split"] == split] for split in ("train", "val")}
     if not metrics["val"]:
         raise UserError(f"{path} has no validation loss yet")
@@ -60,7 +60,7 @@ def read_diagnostics(folder):
     if not path.exists():
         raise UserError(f"{path} does not exist: train.py writes it for tau attention, with diag_interval above 0")
     try:
-        records = [record for _, record in read_lines(path, "tokens", "lambda_k")]
+        records = [record for _, record in read_lines(path, tokens=int, lambda_k=list)]
         tokens, lambdas = (np.array([record[name] for record in records], float) for name in ("tokens", "lambda_k"))
         if lambdas.ndim != 4 or lambdas.shape[3] != 3:
             raise ValueError("lambda_k must hold three percentiles for each layer and head")

@@ -8,15 +8,15 @@
 import statistics
 from pathlib import Path
 
-from common import Parser, UserError, check_place, read_lines, replacing, run
+from common import NUMBER, Parser, UserError, check_place, read_lines, replacing, run
 from config import NO_RESULT, Settings
 
 
-def read_results(paths):
-    """The lines of the finished runs; of a run with several lines, the last."""
+def read_results(paths, **more):
+    """The lines of the finished runs; of a run with several lines, the last. more: fields that they must have too."""
     lines = {}
     for path in paths:
-        for _, record in read_lines(path, "run", "config", "seed", "best_loss", "seconds", "tokens", "settings"):
+        for _, record in read_lines(path, run=str, config=str, best_loss=NUMBER, seconds=NUMBER, settings=dict, **more):
             lines[record["run"]] = record
     return list(lines.values())
 
@@ -45,11 +45,15 @@ def table(records):
 
 def by_row(records):
     """{ROW: {CORPUS: its records}}, in the order in which they came, of runs in folders .../CORPUS/ROW/SEED."""
-    rows = {}
+    rows, texts, configs = {}, {}, {}
     for record in records:
         if len(parts := Path(record["run"]).parts) < 3:
             raise UserError(f"--rows: the run {record['run']!r} is not in a folder CORPUS/ROW/SEED")
-        rows.setdefault(parts[-2], {}).setdefault(parts[-3], []).append(record)
+        corpus, row = parts[-3:-1]
+        if texts.setdefault(corpus, record["data"]) != record["data"] or configs.setdefault((corpus, row), record["config"]) != record["config"]:
+            raise UserError(f"--rows: {record['run']} was trained on another text or with other settings than other runs of {corpus}/{row}: "
+                            "take one of them out of these files")
+        rows.setdefault(row, {}).setdefault(corpus, []).append(record)
     return rows
 
 
@@ -103,8 +107,8 @@ def main():
     options.add_argument("--overwrite", action="store_true", help="replace a figure that is there already")
     args = options.parse_args()
     if args.figure:
-        check_place(args.figure, ".png", args.overwrite)
-    records = read_results(args.results)
+        check_place(args.figure, ".png", args.overwrite, "--figure")
+    records = read_results(args.results, **(dict(bits_per_byte=NUMBER, parameters=int, data=str) if args.rows or args.figure else {}))
     if not records:
         raise UserError("no finished run in these files")
     print(row_table(by_row(records)) if args.rows else table(records))

@@ -28,7 +28,7 @@ import checkpoint
 import processes
 import taumode
 from build_laplacian import load_laplacian
-from common import LOCAL_RANK, RANK, WORLD, UserError, choose_device, commit, output_folder, peak_rss_mb, read_lines, replacing, run
+from common import LOCAL_RANK, RANK, WORLD, UserError, append_line, choose_device, commit, output_folder, peak_rss_mb, read_lines, replacing, run
 from config import changed_settings, config_hash, parse
 from data.corpus import Corpus
 from diagnostics import collapses, diagnose
@@ -169,7 +169,7 @@ def to_device(batch, device):
 
 def lines_until(path, step):
     """The text of a file of lines without those that a resume from `step` will write again."""
-    lines = read_lines(path, "step") if path.exists() else []
+    lines = read_lines(path, step=int) if path.exists() else []
     return "".join(line for line, record in lines if record["step"] <= step)
 
 
@@ -192,8 +192,7 @@ def finished(settings, state, model, corpus, seconds):
             "data": corpus.meta["sha256"][:12], "parameters": model.parameter_count(), "steps": state["step"],
             "tokens": state["tokens"], "seconds": round(seconds, 1), "best_loss": state["best_loss"],
             "bits_per_byte": corpus.bits_per_byte(state["best_loss"]), "settings": changed_settings(settings)}
-    with open(settings.results, "a") as file:
-        file.write(json.dumps(line) + "\n")
+    append_line(settings.results, line)
 
 
 def profiled(path):
