@@ -44,9 +44,10 @@ class Settings:
                                   "domain's own token vectors, DATA_DIR/token_embeddings.npy, scaled to that variance",
                                   one_of("normal", "domain"))
     dropout: float = setting(0.0, "on embeddings and on what attention and MLP add; for small corpora", FRACTION)
-    temperature: float = setting(1.0, "of the tau logits -|lambda_q - lambda_k| / temperature", POSITIVE)
+    temperature: float = setting(1.0, "of the tau logits -|lambda_q - lambda_k| / temperature (of dot: none)",
+                                  (lambda value: 1e-9 <= value < 2**31, "at least 1e-9 and below 2^31"))
     softcap: float = setting(15.0, "logits are softcap * tanh(logits / softcap); 0: as they are", NOT_NEGATIVE)
-    learn_temperature: bool = setting(False, "a temperature of each head, or, of dot, a scale, learned from the given one on")
+    learn_temperature: bool = setting(False, "a temperature of each head, learned from the given one on, or, of dot, a scale, from 1.2 on")
     forget: str = setting("none", "none; slope: each head learns how much a step back costs; gate: it learns it from the token",
                           one_of(*FORGET))
     spectral_filter: bool = setting(False, "tau: the energy weighs the Laplacian's eigenvectors by learned numbers, at first the "

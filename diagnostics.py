@@ -19,7 +19,7 @@ def diagnose(model, idx):
     """Of tokens idx (B, T): {name: a list over layers of lists over heads}. "E_q", "E_k", "lambda_q", "lambda_k" hold
     [p05, p50, p95] of queries' and keys' energies; "entropy" of the attention's rows, nats, and "near_mass", the share of
     the weight on the query's own and the 15 tokens before, are means over the last 64 queries of each sequence;
-    "tau" that of the key heads."""
+    "tau" that of the key heads. Local heads have no energies: the others are counted from 0."""
     with model.recording() as seen:
         model(idx, head=False)
     record = {name: [] for name in ("E_q", "E_k", "lambda_q", "lambda_k", "entropy", "near_mass")}

@@ -32,7 +32,8 @@ def dot_attention(q, k, v, scale=DOT_SCALE, log_decay=None, key_bias=None):
 def with_key_weights(q, k, v, log_decay, key_bias):
     """q, k and v with more numbers, for flash attention: to q.k they add what a key weighs, bias_j - c_j, where c is the running
     sum of log_decay; c_i, the same for all keys, softmax does not see. Keys have the weight in three parts, so that it is
-    whole in bfloat16 too, for each of the heads that read them; queries have ones, values zeros."""
+    whole in bfloat16 too, for each of the heads that read them; queries have ones, values zeros. The logits are as large as c, so
+    that a weight is off by 2^-24 c at most: 6e-5 of itself where the decays before it sum to 1,000."""
     (B, H, T, D), Hkv = q.shape, k.size(1)
     weight = 0 if log_decay is None else -log_decay.to(finest(q.device)).cumsum(-1)
     if key_bias is not None:
@@ -52,6 +53,8 @@ def window_attention(q, k, v, log_decay, key_bias, window, scale):
     window - 1 positions of k and v (B, Hkv, T, D), log_decay (B, H, T) and key_bias (B, Hkv, T) or None, scale a number or
     (H,). O(T window)."""
     (B, H, Tq, D), Hkv, T = q.shape, k.size(1), k.size(2)
+    if T <= window:
+        return dot_attention(q, k, v, scale, log_decay, key_bias)
     blocks, group = -(-Tq // window), H // k.size(1)
     before, after = window - (T - Tq), blocks * window - Tq
     blocked = lambda x: F.pad(x, (0, 0) * (x.ndim - 3) + (before, after)).unfold(2, 2 * window, window)  # a block and the one before it

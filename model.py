@@ -70,6 +70,8 @@ class ModelConfig:
             raise UserError(f"attention={self.attention!r} must be tau or dot")
         if self.forget not in FORGET:
             raise UserError(f"forget={self.forget!r} must be one of {', '.join(FORGET)}")
+        if not 0 <= self.conv <= self.block_size:
+            raise UserError(f"conv={self.conv} must be 0, or up to block_size={self.block_size} taps")
         group = self.n_head // self.n_kv_head
         if self.local_heads % group or not 0 <= self.local_heads < self.n_head or self.local_window < 1:
             raise UserError(f"local_heads={self.local_heads} must be less than n_head={self.n_head} and a multiple of {group}, "

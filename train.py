@@ -56,6 +56,7 @@ def domain_laplacian(settings):
     if not os.path.exists(settings.laplacian):
         raise UserError(f"no Laplacian at {settings.laplacian}: make it with `python data/embed.py {settings.data_dir} "
                         f"--dim={settings.n_embd}` and `python build_laplacian.py {settings.data_dir}/embeddings.npy "
+                        f"--out={settings.laplacian}`, or a chain with `python build_laplacian.py --graph=chain --dim={settings.n_embd} "
                         f"--out={settings.laplacian}`")
     return torch.from_numpy(load_laplacian(settings.laplacian))
 

@@ -8,14 +8,15 @@
 #    or the domain's own, all of the corpus or a tenth of it.
 # 2. The models of Python's documentation, fine-tuned on the other domain: with their own memory, with that domain's, or
 #    with a random one.
-# 3. The models of all of the corpus with their own graph, their memory swapped for another: results/domain_swaps.jsonl.
+# 3. The models of all of the corpus with their own graph, their memory swapped for another: results/NAME_swaps.jsonl.
 #
-# 4. How well energies tell the other domain's held-out documents from Python's: results/domain_energies.txt.
+# 4. How well energies tell the other domain's held-out documents from Python's: results/NAME_energies.txt.
 #
-# 66 runs for three seeds, an hour and a half on two cores. Finished ones are left, those interrupted go on.
+# 66 runs for three seeds, an hour and a half on two cores. Finished ones are left, those interrupted go on. Their lines go to
+# results/NAME.jsonl, NAME=my_domain unless it is set (NAME=domain are the README's).
 [ $# -ge 1 ] || { echo 'usage: bash runs/domain.sh FILE.jsonl ["SEEDS"]' >&2; exit 2; }
 [ -f "$1" ] || { echo "runs/domain.sh: $1 does not exist" >&2; exit 2; }
-text=$(realpath "$1") seeds=${2:-1 2 3}
+text=$(realpath "$1") seeds=${2:-1 2 3} name=${NAME:-my_domain} own=$(basename "${1// /_}" .jsonl)
 . "$(dirname "$0")/setup.sh"
 
 graphs() {  # those of a corpus of 128 features
@@ -23,9 +24,9 @@ graphs() {  # those of a corpus of 128 features
     [ -f "$1/laplacian.parquet" ] || show python build_laplacian.py "$1/embeddings.npy" --out="$1/laplacian.parquet"
     [ -f "$1/random.parquet" ] || show python build_laplacian.py "$1/embeddings.npy" --graph=random --out="$1/random.parquet"
 }
-train() { show python train.py configs/quickstart_published.toml --init_from=auto --results=results/domain.jsonl "$@"; }
+train() { show python train.py configs/quickstart_published.toml --init_from=auto --results=results/$name.jsonl "$@"; }
 
-python_docs=data/python_docs other=data/other_domain tuned=data/other_domain_tuned
+python_docs=data/python_docs other=data/$own tuned=data/${own}_tuned
 [ -f $python_docs/meta.json ] || show python data/python_docs/prepare.py --vocab_size=2048 --val_fraction=0.05
 [ -f $other/meta.json ] || show python data/jsonl/prepare.py "$text" --vocab_size=2048 --val_fraction=0.05 --out_dir=$other
 graphs $python_docs
@@ -35,15 +36,15 @@ graphs $other
 for seed in $seeds; do
     for fraction in 1.0 0.1; do for data in $python_docs $other; do for graph in laplacian random; do for init in normal domain; do
         train --data_dir=$data --laplacian=$data/$graph.parquet --embedding_init=$init --train_fraction=$fraction --seed=$seed \
-            --max_steps=500 --lr_decay_steps=500 --eval_interval=100 --out_dir=out/domain/$(basename $data)/$graph/$init/$fraction/$seed
+            --max_steps=500 --lr_decay_steps=500 --eval_interval=100 --out_dir=out/$name/$(basename $data)/$graph/$init/$fraction/$seed
     done; done; done; done
 
     for init in normal domain; do
-        trained=out/domain/python_docs/laplacian/$init/1.0/$seed
+        trained=out/$name/python_docs/laplacian/$init/1.0/$seed
         [ -f $tuned/meta.json ] || show python data/jsonl/prepare.py "$text" --tokenizer=$trained --val_fraction=0.05 --out_dir=$tuned
         graphs $tuned
         for graph in $python_docs/laplacian $tuned/laplacian $tuned/random; do
-            out=out/domain/tuned/$init/$graph/$seed
+            out=out/$name/tuned/$init/$graph/$seed
             from=$trained
             compgen -G "$out/step_*" > /dev/null && from=auto
             train --init_from=$from --data_dir=$tuned --laplacian=$graph.parquet --embedding_init=$init --seed=$seed --learning_rate=1e-3 \
@@ -52,17 +53,17 @@ for seed in $seeds; do
     done
 
     for data in $python_docs $other; do for init in normal domain; do
-        trained=out/domain/$(basename $data)/laplacian/$init/1.0/$seed
+        trained=out/$name/$(basename $data)/laplacian/$init/1.0/$seed
         for graph in $python_docs/laplacian $other/laplacian $data/random data/chain; do
             line="{\"run\": \"$trained\", \"seed\": $seed, \"laplacian\": \"$graph\""
-            grep -qsF "$line" results/domain_swaps.jsonl && continue
+            grep -qsF "$line" results/${name}_swaps.jsonl && continue
             losses=($(python train.py configs/quickstart_published.toml --data_dir=$data --init_from=$trained --eval_only=True \
                 --laplacian=$graph.parquet --seed=$seed | tee /dev/stderr | sed -n 's/^validation loss \([0-9.]*\),.*/\1/p'))
-            echo "$line, \"tau_kept\": ${losses[0]}, \"tau_measured\": ${losses[1]}}" >> results/domain_swaps.jsonl
+            echo "$line, \"tau_kept\": ${losses[0]}, \"tau_measured\": ${losses[1]}}" >> results/${name}_swaps.jsonl
         done
     done; done
 done
 for graph in laplacian random; do
     show python data/energy.py $other --laplacian=$other/$graph.parquet --embeddings=$other --against=$python_docs --overwrite
-done | tee results/domain_energies.txt
-show python study.py results/domain.jsonl
+done | tee results/${name}_energies.txt
+show python study.py results/$name.jsonl

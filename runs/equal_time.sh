@@ -6,28 +6,28 @@
 #     bash runs/equal_time.sh FILE.jsonl ["1 2 3"]
 #
 # Twenty minutes each (SECONDS_EACH=1200), the two side by side, of one thread each, with the machine to itself: an hour
-# for three seeds. Those that are finished are left. The losses go to results/equal_time/.
+# for three seeds. Those that are finished are left. The losses go to results/NAME/, NAME=my_equal_time unless it is set (the README's
+# are in results/equal_time/).
 [ $# -ge 1 ] || { echo 'usage: bash runs/equal_time.sh FILE.jsonl ["SEEDS"]' >&2; exit 2; }
 [ -f "$1" ] || { echo "runs/equal_time.sh: $1 does not exist" >&2; exit 2; }
-text=$(realpath "$1") seeds=${2:-1 2 3}
+text=$(realpath "$1") seeds=${2:-1 2 3} name=${NAME:-my_equal_time} data=data/$(basename "${1// /_}" .jsonl)_4096
 . "$(dirname "$0")/setup.sh"
 
-data=data/advisories_4096
 [ -f $data/meta.json ] || show python data/jsonl/prepare.py "$text" --out_dir=$data --vocab_size=4096 --val_fraction=0.05
 [ -f $data/embeddings.npy ] || show python data/embed.py $data --dim=256
 [ -f $data/laplacian.parquet ] || show python build_laplacian.py $data/embeddings.npy --out=$data/laplacian.parquet
 
 one() {  # FORM SEED
-    local run=results/equal_time/$1_$2 out=out/equal_time/$1_$2 switches=(--attention=$1)
+    local run=results/$name/$1_$2 out=out/$name/$1_$2 switches=(--attention=$1)
     [ -f $run/metrics.jsonl ] && return
     [ $1 = dot ] && switches+=(--spectral_filter=False --local_heads=0 --tau_rope=True)
-    OMP_NUM_THREADS=1 timeout --signal=TERM ${SECONDS_EACH:-1200} python train.py configs/equal_time.toml --data_dir=$data --seed=$2 \
-        --out_dir=$out --overwrite=True "${switches[@]}" 2>&1 | tail -1
+    OMP_NUM_THREADS=1 timeout --foreground --signal=TERM ${SECONDS_EACH:-1200} python train.py configs/equal_time.toml --data_dir=$data --seed=$2 \
+        --out_dir=$out --overwrite=True "${switches[@]}" 2>&1 | last_line
     [ ${PIPESTATUS[0]} = 124 ] || return 0
     mkdir -p $run
     cp $out/metrics.jsonl $run/
 }
-export data
-export -f one
+export data name
+export -f one last_line
 for seed in $seeds; do printf '%s\n' "tau $seed" "dot $seed"; done | xargs -L 1 -P 2 bash -c 'one "$@"' one
-show python plot.py results/equal_time/* --out=results/equal_time.png --overwrite
+show python plot.py results/$name/* --out="results/$name.png" --overwrite

@@ -14,3 +14,5 @@ show() {  # a command, and then what it does
     printf '\n$'; printf ' %q' "$@"; printf '\n'
     "$@"
 }
+
+last_line() { (trap '' INT TERM; tail -1); }  # of a program that ends by itself after Ctrl-C

@@ -5,12 +5,13 @@
 #     bash runs/study.sh FILE.jsonl                        all of it
 #     bash runs/study.sh FILE.jsonl "tau + gate" dot       these rows only
 #
-# SEEDS="1 2 3" CORPORA="shakespeare_char python_docs advisories" TEXT=tinyshakespeare.txt (else loaded through `datasets`)
-# WORKERS=2 (runs at a time, of one thread each) NAME=study: what may be set. Runs go to out/NAME/CORPUS/ROW/SEED, their lines
-# to results/NAME.jsonl. Finished ones are left, interrupted ones go on; another NAME makes them again.
+# SEEDS="1 2 3" CORPORA="shakespeare_char python_docs FILE" TEXT=tinyshakespeare.txt (else loaded through `datasets`) WORKERS=2
+# (runs at a time, of one thread each) NAME=my_study: what may be set. Runs go to out/NAME/CORPUS/ROW/SEED, their lines to
+# results/NAME.jsonl. Finished ones are left, interrupted ones go on; another NAME makes them again. (NAME=study are the README's.)
 [ $# -ge 1 ] || { echo 'usage: bash runs/study.sh FILE.jsonl ["ROW" ...]' >&2; exit 2; }
-[ -f "$1" ] || { echo "runs/study.sh: $1 does not exist" >&2; exit 2; }
-jsonl=$(realpath "$1") text=${TEXT:+$(realpath "$TEXT")} name=${NAME:-study}
+for file in "$1" ${TEXT:+"$TEXT"}; do [ -f "$file" ] || { echo "runs/study.sh: $file does not exist" >&2; exit 2; }; done
+jsonl=$(realpath "$1") text=${TEXT:+$(realpath "$TEXT")} name=${NAME:-my_study} own=$(basename "${1// /_}" .jsonl)
+corpora=${CORPORA:-shakespeare_char python_docs $own}
 shift
 . "$(dirname "$0")/setup.sh"
 
@@ -53,7 +54,7 @@ EOF
 chosen=
 for row; do
     line=$(awk -F'|' -v row="$row" '$1 == row' <<< "$rows")
-    [ -n "$line" ] || { printf 'runs/study.sh: no row "%s"; there are:\n%s\n' "$row" "$(cut -d'|' -f1 <<< "$rows")" >&2; exit 2; }
+    [ -n "$line" ] || { echo "runs/study.sh: no row \"$row\"; there are: $(cut -d'|' -f1 <<< "$rows" | paste -sd';')" >&2; exit 2; }
     chosen+=${chosen:+$'\n'}$line
 done
 rows=${chosen:-$rows}
@@ -71,8 +72,8 @@ for speech in text.split("\n\n"):
     print(json.dumps({"text": speech}))' > data/shakespeare_speeches.jsonl
         [ -f $documents/meta.json ] || show python data/jsonl/prepare.py data/shakespeare_speeches.jsonl --tokenizer=char --out_dir=$documents ;;
     python_docs) [ -f $data/meta.json ] || show python data/python_docs/prepare.py --vocab_size=2048 --val_fraction=0.05 ;;
-    advisories) [ -f $data/meta.json ] || show python data/jsonl/prepare.py "$jsonl" --out_dir=$data --vocab_size=2048 --val_fraction=0.05 ;;
-    *) echo "runs/study.sh: no corpus $1" >&2; exit 2 ;;
+    "$own") [ -f $data/meta.json ] || show python data/jsonl/prepare.py "$jsonl" --out_dir=$data --vocab_size=2048 --val_fraction=0.05 ;;
+    *) echo "runs/study.sh: no corpus $1; there are: shakespeare_char python_docs $own" >&2; exit 2 ;;
     esac
     [ -f $documents/embeddings.npy ] || show python data/embed.py $documents --dim=128
     for graph in domain random; do
@@ -87,16 +88,16 @@ one() {  # CORPUS SEED "ROW|SETTINGS": a run, unless its line is there
     local row=${3%%|*} settings=${3#*|} config=configs/study.toml out
     out="out/$name/$1/$row/$2"
     [ $1 = shakespeare_char ] && config=configs/shakespeare_char_tau.toml
-    grep -qsF "\"run\": \"$out\"" "results/$name.jsonl" && return
+    grep -qs "\"run\": \"$out\".*}}\$" "results/$name.jsonl" && return
     OMP_NUM_THREADS=1 python train.py $config --init_from=auto --data_dir=data/$1 --laplacian=data/$1/domain.parquet \
         --eval_interval=300 --diag_interval=0 --seed=$2 --results="results/$name.jsonl" --out_dir="$out" ${settings//DATA/data/$1} 2>&1 |
-        tail -1
+        last_line || { echo "$out: failed" >&2; return 1; }
 }
 
-for corpus in ${CORPORA:-shakespeare_char python_docs advisories}; do prepare $corpus; done
+for corpus in $corpora; do prepare $corpus; done
 export name
-export -f one
-for seed in ${SEEDS:-1 2 3}; do for corpus in ${CORPORA:-shakespeare_char python_docs advisories}; do
+export -f one last_line
+for seed in ${SEEDS:-1 2 3}; do for corpus in $corpora; do
     while read -r row; do printf '%s\0%s\0%s\0' $corpus $seed "$row"; done <<< "$rows"
-done; done | xargs -0 -n 3 -P ${WORKERS:-2} bash -c 'one "$@"' one
+done; done | xargs -0 -n 3 -P ${WORKERS:-2} bash -o pipefail -c 'one "$@"' one || { echo "runs/study.sh: runs failed, see above" >&2; exit 1; }
 show python study.py "results/$name.jsonl" --rows --figure="results/$name.png" --overwrite

@@ -35,6 +35,14 @@ def test_lines_table_and_figure(tmp_path):
     again = ok("long_memory.py", configs[1], *options, "--seeds", "1", "2", cwd=tmp_path)
     assert "seed 1:" not in again and "seed 2:" in again
     assert ok("long_memory.py", "--results=r.jsonl", cwd=tmp_path).count("\n| ") == 3
+    whole = (tmp_path / "r.jsonl").read_text()
+    (tmp_path / "r.jsonl").write_text(whole[:-5])  # the writer was killed
+    assert "seed 2:" in ok("long_memory.py", configs[1], *options, "--seeds", "1", "2", cwd=tmp_path)
+    assert (tmp_path / "r.jsonl").read_text() == whole
+    assert "'steps': 3" in fails("long_memory.py", configs[1], *options, "--steps=4", cwd=tmp_path)
+    assert "same name" in fails("long_memory.py", configs[0], configs[0], *options, cwd=tmp_path)
+    (tmp_path / "r.jsonl").write_text(whole.replace('"512"', '"500"'))
+    assert "lacks a length" in fails("long_memory.py", "--results=r.jsonl", cwd=tmp_path)
     (tmp_path / "bad.toml").write_text("n_head = [")
     assert "bad.toml" in fails("long_memory.py", "bad.toml", cwd=tmp_path)
     assert "no results" in fails("long_memory.py", cwd=tmp_path)

@@ -295,7 +295,8 @@ def test_laplacian_that_fits_nothing():
         Tauformer(ModelConfig(n_head=4, n_embd=32), random_laplacian(9))
 
 
-@pytest.mark.parametrize("wrong", [dict(n_head=5), dict(n_head=4, n_kv_head=3), dict(n_head=128), dict(attention="flash")])
+@pytest.mark.parametrize("wrong", [dict(n_head=5), dict(n_head=4, n_kv_head=3), dict(n_head=128), dict(attention="flash"),
+                                   dict(conv=1025)])
 def test_config_refusals(wrong):
     with pytest.raises(UserError):
         ModelConfig(**wrong)

@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import subprocess
@@ -6,8 +7,8 @@ import sys
 from conftest import ROOT, metrics
 
 
-def test_quickstart_in_a_fresh_copy_then_again(tmp_path):
-    """The whole script, its training cut to 20 steps, with the packages that are installed here."""
+def test_quickstart_and_study_in_a_fresh_copy_then_again(tmp_path):
+    """The whole scripts, the trainings cut to 20 and 4 steps, with the packages that are installed here."""
     copy = tmp_path / "copy"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", "out", "*.bin", "*.npy", "*.parquet", "*.jsonl",
                                                               "meta.json", "tokenizer.json", "laplacian.json", "*.npz", "__pycache__"))
@@ -28,3 +29,25 @@ def test_quickstart_in_a_fresh_copy_then_again(tmp_path):
 
     again = quickstart()
     assert "prepare.py" not in again and "nothing to do" in again
+
+    def study(*rows, **settings):
+        return subprocess.run(["bash", "runs/study.sh", "README.md", *rows], cwd=copy, capture_output=True, text=True,
+                              env=os.environ | dict(CORPORA="python_docs", SEEDS="1", WORKERS="1") | settings)
+
+    config = copy / "configs/study.toml"
+    config.write_text(config.read_text().replace("max_steps = 600", "max_steps = 4").replace("eval_iters = ", "eval_iters = 1 #"))
+    results = copy / "results/my_study.jsonl"
+    assert "no row" in study("tau + luck").stderr and not results.exists()
+    done = study("dot", "tau + gate")
+    assert done.returncode == 0, done.stderr
+    whole = results.read_text()
+    runs = [json.loads(line) for line in whole.splitlines()]
+    assert [(run["run"], run["steps"]) for run in runs] == [(f"out/my_study/python_docs/{row}/1", 4) for row in ("dot", "tau + gate")]
+    assert done.stdout.count("best validation loss") == 2 and f"| tau + gate | {runs[1]['best_loss']:.4f} (0.0000) |" in done.stdout
+    results.write_text(whole[:-9])  # the writer was killed
+    shutil.rmtree(copy / "out/my_study/python_docs/tau + gate")
+    assert study("dot", "tau + gate").stdout.count("best validation loss") == 1
+    again = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [(run["run"], run["best_loss"]) for run in again] == [(run["run"], run["best_loss"]) for run in runs]
+    failed = study("dot", SEEDS="x")
+    assert failed.returncode == 1 and "out/my_study/python_docs/dot/x: failed" in failed.stderr and "--seed=x" in failed.stdout

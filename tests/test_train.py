@@ -161,7 +161,8 @@ def test_configs(here, config):
     ("n_layers=3", "n_layers"), ("n_layer=3.5", "n_layer"), ("n_layer=0", "positive"), ("compile=yes", "True or False"),
     ("attention=flash", "tau, dot"), ("learning_rate=nan", "learning_rate"), ("learning_rate=inf", "learning_rate"),
     ("tau_mode=magic", "tau_mode"), ("seed=99999999999999999999", "seed"), ("grad_accum_steps=1.5", "grad_accum_steps"),
-    ("forget=all", "none, slope, gate"), ("conv=-1", "0 or more"), ("local_window=0", "positive"),
+    ("forget=all", "none, slope, gate"), ("conv=-1", "0 or more"), ("temperature=1e-12", "at least 1e-9"),
+    ("local_window=0", "positive"),
     ("tau_scope=block", "global, head"), ("tau_percentile=101", "0 to 100"), ("tau_interval=0", "positive"),
     ("tau_smoothing=1.0", "below 1"), ("tau_drift=-1", "0 or more"), ("spike=nan", "spike"), ("skip_limit=-1", "0 or more"),
     ("ema_decay=1.0", "below 1"), ("diag_interval=-1", "0 or more"), ("keep_last=0", "positive"), ("shard=zero", "ddp, fsdp"),
@@ -311,7 +312,7 @@ def test_a_finished_run_leaves_a_line_and_study_makes_the_table(here):
 def test_study_makes_rows_of_folders(here):
     """out/NAME/CORPUS/ROW/SEED: the last line of a run counts; a corpus without a row is left open there."""
     def line(corpus, row, seed, loss):
-        return json.dumps({"run": f"out/s/{corpus}/{row}/{seed}", "config": row, "seed": seed, "best_loss": loss, "bits_per_byte": loss / 2,
+        return json.dumps({"run": f"out/s/{corpus}/{row}/{seed}", "config": row, "data": corpus, "seed": seed, "best_loss": loss, "bits_per_byte": loss / 2,
                            "parameters": 1200, "seconds": 1, "tokens": 1, "settings": {}}) + "\n"
     (here / "s.jsonl").write_text(line("a", "tau + gate", 1, 9.0) + line("a", "tau + gate", 1, 2.0) + line("a", "tau + gate", 2, 4.0)
                                   + line("b", "dot", 1, 5.0))
@@ -320,5 +321,12 @@ def test_study_makes_rows_of_folders(here):
                         "| dot | - | - | - | 5.0000 (0.0000) | 2.5000 | 1,200 | 0, 1 |"]
     assert (here / "f.png").stat().st_size > 5000
     assert "f.png" in fails("study.py", "s.jsonl", "--rows", "--figure=f.png", cwd=here)
+    for name, other in (("data", '"d"'), ("config", '"c"')):
+        mixed = line("a", "dot", 1, 1.0) + line("a", "dot", 2, 1.0).replace(f'"{name}": ' + {"data": '"a"', "config": '"dot"'}[name], f'"{name}": {other}')
+        (here / "s.jsonl").write_text(mixed)
+        assert "out/s/a/dot/2 was trained on another text" in fails("study.py", "s.jsonl", "--rows", cwd=here)
+    for good, bad in (('"best_loss": 1.0', '"best_loss": null'), ('"seconds": 1', '"seconds": "1"'), ('"parameters": 1200, ', "")):
+        (here / "s.jsonl").write_text(line("a", "dot", 1, 1.0).replace(good, bad))
+        assert "s.jsonl, line 1 is damaged" in fails("study.py", "s.jsonl", "--rows", cwd=here)
     (here / "s.jsonl").write_text(line("a", "b", 1, 1.0).replace("out/s/a/b/1", "out"))
     assert "CORPUS/ROW/SEED" in fails("study.py", "s.jsonl", "--rows", cwd=here)
