@@ -2,8 +2,10 @@
 
     python study.py results/tau_modes.jsonl
     python study.py results/study.jsonl --rows --figure=results/study.png
+    python study.py results/study.jsonl --rows --against="tau, published"
 
---rows is for runs in folders .../CORPUS/ROW/SEED, as runs/study.sh has them: a row for each ROW, columns for each CORPUS."""
+--rows is for runs in folders .../CORPUS/ROW/SEED, as runs/study.sh has them: a row for each ROW, columns for each CORPUS.
+--against tells how much each is better than one of them, seed by seed."""
 
 import statistics
 from pathlib import Path
@@ -77,6 +79,24 @@ def row_table(rows):
     return "\n".join(lines)
 
 
+def gain_table(rows, against):
+    """Markdown: the validation loss of the row `against` less that of each row, with the same seed: mean, least and greatest."""
+    if against not in rows:
+        raise UserError(f"--against={against}: no such row; there are: {'; '.join(rows)}")
+    corpora, of_seed = corpora_of(rows), lambda records: {record["seed"]: record["best_loss"] for record in records}
+    lines = [f"| better than {against} by | " + " | ".join(f"{corpus} | seeds" for corpus in corpora) + " |",
+             "| " + "--- | " * (2 * len(corpora) + 1)]
+    for name, row in rows.items():
+        cells = []
+        for corpus in corpora:
+            base = of_seed(rows[against].get(corpus, ()))
+            gains = [base[seed] - loss for seed, loss in of_seed(row.get(corpus, ())).items() if seed in base]
+            cells += [f"{statistics.mean(gains):.3f} ({min(gains):.3f} to {max(gains):.3f})" if gains else "-", str(len(gains))]
+        if name != against:
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def draw_rows(rows, path):
     """A panel for each corpus: every seed's loss a point, the mean a bar."""
     import matplotlib
@@ -103,17 +123,21 @@ def main():
     options = Parser(__doc__)
     options.add_argument("results", nargs="+", type=Path, metavar="RESULTS.jsonl")
     options.add_argument("--rows", action="store_true", help="name rows and columns by the runs' folders")
+    options.add_argument("--against", metavar="ROW", help="with --rows: how much better than this one, in nats")
     options.add_argument("--figure", type=Path, metavar="FILE.png", help="draw such rows")
     options.add_argument("--overwrite", action="store_true", help="replace a figure that is there already")
     args = options.parse_args()
+    if not args.rows and (args.against or args.figure):
+        raise UserError("--against and --figure are for --rows")
     if args.figure:
         check_place(args.figure, ".png", args.overwrite, "--figure")
-    records = read_results(args.results, **(dict(bits_per_byte=NUMBER, parameters=int, data=str) if args.rows or args.figure else {}))
+    records = read_results(args.results, **(dict(bits_per_byte=NUMBER, parameters=int, seed=int, data=str) if args.rows else {}))
     if not records:
         raise UserError("no finished run in these files")
-    print(row_table(by_row(records)) if args.rows else table(records))
+    rows = by_row(records) if args.rows else None
+    print(table(records) if rows is None else gain_table(rows, args.against) if args.against else row_table(rows))
     if args.figure:
-        draw_rows(by_row(records), args.figure)
+        draw_rows(rows, args.figure)
 
 
 if __name__ == "__main__":

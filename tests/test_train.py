@@ -320,6 +320,11 @@ def test_study_makes_rows_of_folders(here):
     assert rows[2:] == ["| tau + gate | 3.0000 (2.0000) | 1.5000 | 1,200 | - | - | - | 2, 0 |",
                         "| dot | - | - | - | 5.0000 (0.0000) | 2.5000 | 1,200 | 0, 1 |"]
     assert (here / "f.png").stat().st_size > 5000
+    (here / "g.jsonl").write_text((here / "s.jsonl").read_text() + line("a", "dot", 2, 4.5) + line("a", "dot", 3, 0.0))
+    rows = ok("study.py", "g.jsonl", "--rows", "--against=dot", cwd=here).splitlines()
+    assert rows[2:] == ["| tau + gate | 0.500 (0.500 to 0.500) | 1 | - | 0 |"]
+    assert "--against=do:" in fails("study.py", "g.jsonl", "--rows", "--against=do", cwd=here)
+    assert "--rows" in fails("study.py", "g.jsonl", "--against=dot", cwd=here)
     assert "f.png" in fails("study.py", "s.jsonl", "--rows", "--figure=f.png", cwd=here)
     for name, other in (("data", '"d"'), ("config", '"c"')):
         mixed = line("a", "dot", 1, 1.0) + line("a", "dot", 2, 1.0).replace(f'"{name}": ' + {"data": '"a"', "config": '"dot"'}[name], f'"{name}": {other}')
