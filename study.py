@@ -91,7 +91,7 @@ def gain_table(rows, against):
         for corpus in corpora:
             base = of_seed(rows[against].get(corpus, ()))
             gains = [base[seed] - loss for seed, loss in of_seed(row.get(corpus, ())).items() if seed in base]
-            cells += [f"{statistics.mean(gains):.3f} ({min(gains):.3f} to {max(gains):.3f})" if gains else "-", str(len(gains))]
+            cells += [f"{statistics.mean(gains):z.3f} ({min(gains):z.3f} to {max(gains):z.3f})" if gains else "-", str(len(gains))]
         if name != against:
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
