@@ -115,7 +115,9 @@ def append_line(path, record):
     with open(path, "ab+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
+        lines = file.read()
+        if lines and not lines.endswith(b"\n"):
+            file.truncate(lines.rfind(b"\n") + 1)
         file.write(json.dumps(record).encode() + b"\n")
         file.flush()
 
