@@ -12,8 +12,6 @@ from pathlib import Path
 
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, default))  # among the processes that torchrun started
                            for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-
-
 NUMBER = (int, float)  # for read_lines
 
 
@@ -119,7 +117,6 @@ def append_line(path, record):
         if lines and not lines.endswith(b"\n"):
             file.truncate(lines.rfind(b"\n") + 1)
         file.write(json.dumps(record).encode() + b"\n")
-        file.flush()
 
 
 def read_lines(path, **fields):

@@ -7,8 +7,9 @@
 # The table goes to results/context.json.
 [ $# -ge 1 ] || { echo 'usage: bash runs/context.sh FILE.jsonl' >&2; exit 2; }
 [ -f "$1" ] || { echo "runs/context.sh: $1 does not exist" >&2; exit 2; }
-jsonl=$(realpath "$1") data=data/$(basename "${1// /_}" .jsonl)
+jsonl=$(realpath "$1")
 . "$(dirname "$0")/setup.sh"
+data=data/$(corpus_name "$jsonl")
 
 [ -f $data/meta.json ] || show python data/jsonl/prepare.py "$jsonl" --out_dir=$data --vocab_size=2048 --val_fraction=0.05
 [ -f $data/embeddings.npy ] || show python data/embed.py $data --dim=128

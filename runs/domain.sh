@@ -16,8 +16,9 @@
 # results/NAME.jsonl, NAME=my_domain unless it is set (NAME=domain are the README's).
 [ $# -ge 1 ] || { echo 'usage: bash runs/domain.sh FILE.jsonl ["SEEDS"]' >&2; exit 2; }
 [ -f "$1" ] || { echo "runs/domain.sh: $1 does not exist" >&2; exit 2; }
-text=$(realpath "$1") seeds=${2:-1 2 3} name=${NAME:-my_domain} own=$(basename "${1// /_}" .jsonl)
+text=$(realpath "$1") seeds=${2:-1 2 3} name=${NAME:-my_domain}
 . "$(dirname "$0")/setup.sh"
+own=$(corpus_name "$text")
 
 graphs() {  # those of a corpus of 128 features
     [ -f "$1/token_embeddings.npy" ] || show python data/embed.py "$1" --dim=128 --overwrite

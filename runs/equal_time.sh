@@ -10,8 +10,9 @@
 # are in results/equal_time/).
 [ $# -ge 1 ] || { echo 'usage: bash runs/equal_time.sh FILE.jsonl ["SEEDS"]' >&2; exit 2; }
 [ -f "$1" ] || { echo "runs/equal_time.sh: $1 does not exist" >&2; exit 2; }
-text=$(realpath "$1") seeds=${2:-1 2 3} name=${NAME:-my_equal_time} data=data/$(basename "${1// /_}" .jsonl)_4096
+text=$(realpath "$1") seeds=${2:-1 2 3} name=${NAME:-my_equal_time}
 . "$(dirname "$0")/setup.sh"
+data=data/$(corpus_name "$text")_4096
 
 [ -f $data/meta.json ] || show python data/jsonl/prepare.py "$text" --out_dir=$data --vocab_size=4096 --val_fraction=0.05
 [ -f $data/embeddings.npy ] || show python data/embed.py $data --dim=256

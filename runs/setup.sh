@@ -15,4 +15,12 @@ show() {  # a command, and then what it does
     "$@"
 }
 
+corpus_name() {  # of a JSONL file; those of the corpora that the scripts make themselves are taken
+    local name=$(basename "${1// /_}" .jsonl)
+    case $name in python_docs | shakespeare_char | shakespeare_speeches)
+        echo "$1: the scripts have a corpus $name of their own: rename the file" >&2; exit 2 ;;
+    esac
+    echo "$name"
+}
+
 last_line() { (trap '' INT TERM; tail -1); }  # of a program that ends by itself after Ctrl-C

@@ -10,10 +10,11 @@
 # results/NAME.jsonl. Finished ones are left, interrupted ones go on; another NAME makes them again. (NAME=study are the README's.)
 [ $# -ge 1 ] || { echo 'usage: bash runs/study.sh FILE.jsonl ["ROW" ...]' >&2; exit 2; }
 for file in "$1" ${TEXT:+"$TEXT"}; do [ -f "$file" ] || { echo "runs/study.sh: $file does not exist" >&2; exit 2; }; done
-jsonl=$(realpath "$1") text=${TEXT:+$(realpath "$TEXT")} name=${NAME:-my_study} own=$(basename "${1// /_}" .jsonl)
-corpora=${CORPORA:-shakespeare_char python_docs $own}
+jsonl=$(realpath "$1") text=${TEXT:+$(realpath "$TEXT")} name=${NAME:-my_study}
 shift
 . "$(dirname "$0")/setup.sh"
+own=$(corpus_name "$jsonl")
+corpora=${CORPORA:-shakespeare_char python_docs $own}
 
 of_both="--learn_temperature=True --forget=gate --conv=4 --key_bias=True --output_gate=True"
 of_tau="--temperature=0.1 --spectral_filter=True --tau_rope=False"

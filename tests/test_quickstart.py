@@ -38,6 +38,9 @@ def test_quickstart_and_study_in_a_fresh_copy_then_again(tmp_path):
     config.write_text(config.read_text().replace("max_steps = 600", "max_steps = 4").replace("eval_iters = ", "eval_iters = 1 #"))
     results = copy / "results/my_study.jsonl"
     assert "no row" in study("tau + luck").stderr and not results.exists()
+    shutil.copy(copy / "README.md", copy / "python_docs.jsonl")
+    taken = subprocess.run(["bash", "runs/domain.sh", "python_docs.jsonl"], cwd=copy, capture_output=True, text=True)
+    assert taken.returncode == 2 and "rename the file" in taken.stderr and len(taken.stderr.splitlines()) == 1
     done = study("dot", "tau + gate")
     assert done.returncode == 0, done.stderr
     whole = results.read_text()
