@@ -80,7 +80,7 @@ def tau_attention(lambda_q, lambda_k, v, temperature, log_decay=None, key_bias=N
             return naive(*inputs, temperature, log_decay, key_bias).to(v.dtype)
         scalar = finest(v.device)  # of positions and log weights
         if not torch.is_tensor(temperature):
-            temperature = torch.full((), temperature, dtype=scalar, device=v.device)
+            temperature = torch.full((H,), temperature, dtype=scalar, device=v.device)
         temperature = temperature.to(v.device, scalar).expand(H)
         if log_decay is not None:
             log_decay = (log_decay if log_decay.ndim == 3 else log_decay[:, None].expand(B, H, T)).to(scalar).cumsum(-1)
@@ -140,7 +140,7 @@ def add_terms(logits, log_decay, key_bias):
 
 # The fast ones share an interface: forward gives out and what backward needs of it, the logarithm of the softmax's
 # denominator, lse (B, H, T), and diff (B, H, T, D) and diff_one (B, H, T), the sums sum_j p_ij v_j and sum_j p_ij with the
-# sign of a_i - b_j in every term. decay is the running sum of log_decay.
+# sign of a_i - b_j in every term (attention_triton has others in their places). decay is the running sum of log_decay.
 
 @torch.library.custom_op("tauformer::attention", mutates_args=())
 def fast_attention(lambda_q: torch.Tensor, lambda_k: torch.Tensor, v: torch.Tensor, temperature: torch.Tensor,
@@ -166,7 +166,7 @@ def _(lambda_q, lambda_k, v, temperature, decay, bias, impl):
     (B, H, T), D = lambda_q.shape, v.shape[-1]
     out, lse = v.new_empty(B, T, H, D).transpose(1, 2), temperature.new_empty(B, H, T)
     if impl == "triton":
-        return out, lse, v.new_empty(0), v.new_empty(0)
+        return out, lse, v.new_empty(2, B, H, T, D), lambda_q.new_empty(B, H, 2)
     return out, lse, v.new_empty(B, H, T, D), v.new_empty(B, H, T)
 
 
@@ -256,7 +256,7 @@ def _long_from(device):
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{MEASURED} is damaged ({error}): remove it, or make it again with `bench.py attention --device=cuda`") from None
     if not behind:
-        return 16384
+        return 131072
     return 2 * max((T for T in behind if behind[T]), default=128)  # the lengths double, from 256 on
 
 

@@ -1,25 +1,34 @@
-"""The operator on a GPU: flash attention's tiles (Dao 2023), with scores from two scalars in place of Q K^T.
+"""The operator on a GPU: flash attention's tiles (Dao 2023), whose weights need no Q K^T and hardly an exponential.
 
 Notation of the paper and of attention.naive, for one head, c being the running sum of log_decay:
 
-    s_ij = -|lambda_q,i - lambda_k,j| / temperature + bias_j + c_i - c_j      j <= i
-    P    = softmax_j(s),   out = P V
+    P_ij = exp(-|lambda_q,i - lambda_k,j| / temperature + bias_j + c_i - c_j - lse_i)      j <= i,   sum_j P_ij = 1
+    out  = P V
     dP   = dout V^T,   dS = P * (dP - delta),   delta_i = dout_i . out_i      the softmax's gradient
     dV   = P^T dout
     dlambda_q,i = -sum_j dS_ij sign_ij / temperature      sign_ij that of lambda_q,i - lambda_k,j, + at a tie
     dlambda_k,j =  sum_i dS_ij sign_ij / temperature
-    dtemperature = sum_ij dS_ij |lambda_q,i - lambda_k,j| / temperature^2
+    dtemperature = -(lambda_q . dlambda_q + lambda_k . dlambda_k) / temperature      for P has lambda / temperature only
     dweight_j    = sum_i dS_ij                            weight_j = bias_j - c_j; what c_i gets is sum_j dS_ij = 0
 
-A tile is M queries by N keys. Nothing of size T x T is kept: the forward pass rescales its sums as it finds greater scores
-and leaves lse, the logarithm of the softmax's denominator, from which the backward passes make P again. One backward pass goes
-along the keys of each query, one along the queries of each key, so that every sum has one owner: no atomics, and with the
-same tiles the same bits. Matrix products a tile: P V; dout V^T; P^T dout and dout V^T: four, where flash attention has seven.
+One kernel makes all sums. Receivers take up the rows of sources: forward, queries those of keys, (V_j, 1); backward, keys those of
+queries, (dout_i, -delta_i), which gives dV and, by a dot product with V, dS's sums. Sources on the one side of a receiver, sign +,
+and on the other are summed apart, for there each weight is a product, of a factor of the source and one of the receiver:
 
-Scores, weights and sums are float32; the products take V's type. In bfloat16 out, and with it delta, is rounded, and
-sum_j dS_ij is not 0 but some r_i. The pass along the keys finds it and puts it right: delta_i + r_i is the delta that these
-P and dP have. Tiles wholly in the future are not visited, nor those whose every weight has decayed below exp(-NEGLIGIBLE)
-of the query's own key's (reaches()).
+    exp(-|x - y| / temperature) = exp((y - p) / temperature) * exp((p - x) / temperature)    y <= x;  and the other way round
+
+So a tile of weights is a choice: the source's factor `up` where it is at or below the receiver, 0 elsewhere, and `down` where it is
+above. The receiver's factors multiply the sums. p is the middle of the head's lambdas; factors do not overflow where these are at
+most NEAR temperatures apart. Where they are farther, and on the diagonal of a head with decay, a tile takes the exponential of
+each difference and rescales the sums as it finds greater ones (far_tile).
+
+A tile is M receivers by N sources. Nothing of size T x T is kept: the forward pass leaves lse, out and
+spread_i = sum_j P_ij sign_ij (V_j - out_i), whose product with dout_i is what lambda_q,i gets. Every sum has one owner: no
+atomics, and with the same tiles the same bits. Matrix products a tile: two forward, two backward; flash attention has seven.
+
+Sums are float32; the products take V's type. In bfloat16 factors are rounded before anything is made of them, so that numerator and
+denominator agree. Tiles wholly in the future are not visited, nor those whose every weight has decayed below exp(-NEGLIGIBLE) of the
+query's own key's (reaches()).
 
 For long contexts there is one level of the tree (attention.Tree) as a kernel too, which takes O(T)."""
 
@@ -27,9 +36,13 @@ import torch
 import triton
 import triton.language as tl
 
+from attention import by_token
+
 NEGLIGIBLE = 40
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the same code on a CPU, slowly
 NOTHING = tl.constexpr(-1e30)
+NEAR = tl.constexpr(32.0)  # temperatures: a factor is exp(16) at most, and of a bias
+NEAR_BIAS = tl.constexpr(11.0)  # exp(27), far from where float32 and bfloat16 end, exp(88)
 
 
 @triton.jit
@@ -42,9 +55,15 @@ def product(x, y, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def rows(x, t, d, stride, T, D):
-    """Rows t of x (T, D), and zeros beyond it: (len(t), len(d))."""
-    return tl.load(x + t.to(tl.int64)[:, None] * stride + d[None, :], mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
+def rows(x, t, d, stride, T, D: tl.constexpr, WIDTH: tl.constexpr, ALL: tl.constexpr):
+    """Rows t of x (T, D), and zeros beyond it: (len(t), WIDTH). ALL: no t is beyond."""
+    place = x + t.to(tl.int64)[:, None] * stride + d[None, :]
+    if not ALL:
+        return tl.load(place, mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
+    elif D < WIDTH:
+        return tl.load(place, mask=(d < D)[None, :], other=0.0)
+    else:
+        return tl.load(place)
 
 
 @triton.jit
@@ -52,184 +71,232 @@ def entries(x, t, T, other):
     return tl.load(x + t, mask=t < T, other=other)
 
 
-@triton.jit
-def moved(x, n):
-    """The pointer x, n further; None stays None."""
-    if x is None:
-        return x
-    else:
-        return x + n
-
-
-@triton.jit
-def queries_c(decay, i, first, T):
-    """c_i of a tile's queries and that of the first one, float64; zeros without decay."""
-    if decay is None:
-        return tl.zeros_like(i).to(tl.float64), 0.0
-    else:
-        return entries(decay, i, T, 0.0), tl.load(decay + first)
-
-
-@triton.jit
-def scores(a, b, i, j, c, c_first, decay, bias, sharpness, T, DIAGONAL: tl.constexpr):
-    """s of a tile of queries i with lambdas a and keys j with lambdas b. Off the diagonal c_i - c_first and c_first - c_j are
-    both <= 0, so that float32 is fine for each; on it they are not, and a mask is needed."""
-    w = tl.zeros_like(b)
-    if bias is not None:
-        w += entries(bias, j, T, 0.0).to(tl.float32)
-    if decay is not None:
-        c_j = entries(decay, j, T, 0.0)
-        if not DIAGONAL:
-            w += (c_first - c_j).to(tl.float32)
-    s = w[None, :] - tl.abs(a[:, None] - b[None, :]) * sharpness
-    if decay is not None:
-        if DIAGONAL:
-            s += (c[:, None] - c_j[None, :]).to(tl.float32)
-        else:
-            s += (c - c_first).to(tl.float32)[:, None]
-    if DIAGONAL:
-        s = tl.where(i[:, None] >= j[None, :], s, float("-inf"))
-    return s
-
-
-@triton.jit
-def first_key(decay, oldest, first, T, N: tl.constexpr):
-    """The first key of the first tile for a tile of queries."""
-    if decay is None:
-        return 0
-    else:
-        return tl.load(oldest + first) // N * N
-
-
-@triton.jit
-def forward_tile(start, greatest, Z, total, a, i, d, c, c_first, lambda_k, v, decay, bias, v_t, sharpness, T, D,
-                 DIAGONAL: tl.constexpr, INTERPRET: tl.constexpr, N: tl.constexpr):
-    j = start + tl.arange(0, N)
-    s = scores(a, entries(lambda_k, j, T, 0.0), i, j, c, c_first, decay, bias, sharpness, T, DIAGONAL)
-    higher = tl.maximum(greatest, tl.max(s, 1))
-    P = tl.exp(s - higher[:, None])
-    down = tl.exp(greatest - higher)
-    total = total * down[:, None] + product(P, rows(v, j, d, v_t, T, D), INTERPRET)
-    return higher, Z * down + tl.sum(P, 1), total
-
-
-def forward_kernel(lambda_q, lambda_k, v, temperature, decay, bias, oldest, out, lse, v_b, v_h, v_t, out_b, out_h, out_t,
-                   H, GROUP, T, D, WIDTH: tl.constexpr, INTERPRET: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    first = (tl.num_programs(1) - 1 - tl.program_id(1)) * M  # those with the most keys begin
+def key_kernel(lambda_q, lambda_k, v, temperature, bias, middle, factors, weight, H, GROUP, T,
+               HALF: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr):
+    """middle (B, H, 2): p, and whether the head's lambdas are near one another. Factors and log weights of a block of keys as sources."""
     head = tl.program_id(0).to(tl.int64)
-    b, h, kv = head // H, head % H, head // GROUP
-    v, lambda_k, bias = v + b * v_b + h // GROUP * v_h, lambda_k + kv * T, moved(bias, kv * T)
-    decay, oldest = moved(decay, head * T), moved(oldest, head * T)
-    i, d = first + tl.arange(0, M), tl.arange(0, WIDTH)
-    a, sharpness = entries(lambda_q + head * T, i, T, 0.0), 1 / tl.load(temperature + h).to(tl.float32)
-    c, c_first = queries_c(decay, i, first, T)
-
-    greatest = tl.full([M], NOTHING, tl.float32)
-    Z = tl.zeros([M], tl.float32)
-    total = tl.zeros([M, WIDTH], tl.float32)
-    for start in range(first_key(decay, oldest, first, T, N), first // N * N, N):
-        greatest, Z, total = forward_tile(start, greatest, Z, total, a, i, d, c, c_first, lambda_k, v, decay, bias, v_t, sharpness, T, D,
-                                          False, INTERPRET, N)
-    for start in range(first // N * N, tl.minimum(first + M, T), N):
-        greatest, Z, total = forward_tile(start, greatest, Z, total, a, i, d, c, c_first, lambda_k, v, decay, bias, v_t, sharpness, T, D,
-                                          True, INTERPRET, N)
-    tl.store(out + b * out_b + h * out_h + i.to(tl.int64)[:, None] * out_t + d[None, :], total / Z[:, None],
-             mask=(i < T)[:, None] & (d < D)[None, :])
-    tl.store(lse + head * T + i, greatest + tl.log(Z), mask=i < T)
-
-
-@triton.jit
-def query_tile(start, r, da, dt, Pa, Pt, a, i, d, c, c_first, log_Z, delta_i, dout, lambda_k, v, decay, bias, v_t, sharpness, T, D,
-               DIAGONAL: tl.constexpr, INTERPRET: tl.constexpr, N: tl.constexpr):
-    j = start + tl.arange(0, N)
-    key = entries(lambda_k, j, T, 0.0)
-    P = tl.exp(scores(a, key, i, j, c, c_first, decay, bias, sharpness, T, DIAGONAL) - log_Z[:, None])
-    dP = product(dout, tl.trans(rows(v, j, d, v_t, T, D)), INTERPRET)
-    dS = P * (dP - delta_i[:, None])
-    distance = a[:, None] - key[None, :]
-    return (r + tl.sum(dS, 1), da - tl.sum(tl.where(distance >= 0, dS, -dS), 1), dt + tl.sum(dS * tl.abs(distance), 1),
-            Pa - tl.sum(tl.where(distance >= 0, P, -P), 1), Pt + tl.sum(P * tl.abs(distance), 1))
-
-
-def query_kernel(lambda_q, lambda_k, v, temperature, decay, bias, oldest, out, lse, grad, delta, grad_q, moment,
-                 v_b, v_h, v_t, out_b, out_h, out_t, grad_b, grad_h, grad_t,
-                 H, GROUP, T, D, WIDTH: tl.constexpr, INTERPRET: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """delta, the gradient of lambda_q, and each query's share of the temperature's."""
-    first = (tl.num_programs(1) - 1 - tl.program_id(1)) * M
-    head = tl.program_id(0).to(tl.int64)
-    b, h, kv = head // H, head % H, head // GROUP
-    v, lambda_k, bias = v + b * v_b + h // GROUP * v_h, lambda_k + kv * T, moved(bias, kv * T)
-    decay, oldest = moved(decay, head * T), moved(oldest, head * T)
-    i, d = first + tl.arange(0, M), tl.arange(0, WIDTH)
-    a, sharpness = entries(lambda_q + head * T, i, T, 0.0), 1 / tl.load(temperature + h).to(tl.float32)
-    c, c_first = queries_c(decay, i, first, T)
-    log_Z = entries(lse + head * T, i, T, float("inf")).to(tl.float32)
-    dout = rows(grad + b * grad_b + h * grad_h, i, d, grad_t, T, D)
-    delta_i = tl.sum(dout.to(tl.float32) * rows(out + b * out_b + h * out_h, i, d, out_t, T, D).to(tl.float32), 1)
-
-    zero = tl.zeros([M], tl.float32)
-    r, da, dt, Pa, Pt = zero, zero, zero, zero, zero
-    for start in range(first_key(decay, oldest, first, T, N), first // N * N, N):
-        r, da, dt, Pa, Pt = query_tile(start, r, da, dt, Pa, Pt, a, i, d, c, c_first, log_Z, delta_i, dout, lambda_k, v, decay, bias,
-                                       v_t, sharpness, T, D, False, INTERPRET, N)
-    for start in range(first // N * N, tl.minimum(first + M, T), N):
-        r, da, dt, Pa, Pt = query_tile(start, r, da, dt, Pa, Pt, a, i, d, c, c_first, log_Z, delta_i, dout, lambda_k, v, decay, bias,
-                                       v_t, sharpness, T, D, True, INTERPRET, N)
-    tl.store(delta + head * T + i, delta_i + r, mask=i < T)
-    tl.store(grad_q + head * T + i, (da - r * Pa) * sharpness, mask=i < T)
-    tl.store(moment + head * T + i, (dt - r * Pt) * sharpness * sharpness, mask=i < T)
-
-
-@triton.jit
-def key_tile(first, dV, dw, signed, key, values, j, d, lambda_q, lse, delta, grad, decay, bias, grad_t, sharpness, T, D,
-             DIAGONAL: tl.constexpr, INTERPRET: tl.constexpr, M: tl.constexpr):
-    i = first + tl.arange(0, M)
-    a = entries(lambda_q, i, T, 0.0)
-    c, c_first = queries_c(decay, i, first, T)
-    log_Z = entries(lse, i, T, float("inf")).to(tl.float32)
-    P = tl.exp(scores(a, key, i, j, c, c_first, decay, bias, sharpness, T, DIAGONAL) - log_Z[:, None])
-    dout = rows(grad, i, d, grad_t, T, D)
-    dV += product(tl.trans(P), dout, INTERPRET)
-    dS = P * (product(dout, tl.trans(values), INTERPRET) - entries(delta, i, T, 0.0)[:, None])
-    return dV, dw + tl.sum(dS, 0), signed + tl.sum(tl.where(a[:, None] >= key[None, :], dS, -dS), 0)
-
-
-def key_kernel(lambda_q, lambda_k, v, temperature, decay, bias, newest, lse, grad, delta, grad_k, grad_v, grad_weight,
-               v_b, v_h, v_t, grad_b, grad_h, grad_t, grad_v_b, grad_v_h, grad_v_t,
-               H, GROUP, T, D, WIDTH: tl.constexpr, INTERPRET: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """The gradients of lambda_k, v and, for each query head, of the keys' weights."""
-    start = tl.program_id(1) * N
-    kv = tl.program_id(0).to(tl.int64)
-    b, hk = kv // (H // GROUP), kv % (H // GROUP)
-    j, d = start + tl.arange(0, N), tl.arange(0, WIDTH)
-    key = entries(lambda_k + kv * T, j, T, 0.0)
-    values = rows(v + b * v_b + hk * v_h, j, d, v_t, T, D)
+    kv = head // GROUP
+    lambda_q, lambda_k = lambda_q + head * T, lambda_k + kv * T
     if bias is not None:
         bias += kv * T
-    past = tl.cdiv(start + N, M) * M  # from this query on no tile meets the diagonal
+    sharpness = (1 / tl.load(temperature + head % H)).to(tl.float32)
 
-    db = tl.zeros([N], tl.float32)
-    dV = tl.zeros([N, WIDTH], tl.float32)
-    for h in range(hk * GROUP, (hk + 1) * GROUP):
-        head = b * H + h
-        sharpness = 1 / tl.load(temperature + h).to(tl.float32)
-        dw = tl.zeros([N], tl.float32)
-        signed = tl.zeros([N], tl.float32)
-        own, end = decay, T
+    least = tl.full([BLOCK], float("inf"), tl.float32)
+    greatest = -least
+    greatest_bias = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, T, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        least = tl.minimum(least, tl.minimum(entries(lambda_q, t, T, float("inf")), entries(lambda_k, t, T, float("inf"))))
+        greatest = tl.maximum(greatest, tl.maximum(entries(lambda_q, t, T, float("-inf")), entries(lambda_k, t, T, float("-inf"))))
+        if bias is not None:
+            greatest_bias = tl.maximum(greatest_bias, tl.abs(entries(bias, t, T, 0.0).to(tl.float32)))
+    least, greatest = tl.min(least, 0), tl.max(greatest, 0)
+    p = (least + greatest) * 0.5
+    near = ((greatest - least) * sharpness <= NEAR) & (tl.max(greatest_bias, 0) <= NEAR_BIAS) & (not HALF)  # float16 ends at 2^-24
+    tl.store(middle + head * 2, p)
+    tl.store(middle + head * 2 + 1, near.to(tl.float32))
+
+    t = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x = entries(lambda_k, t, T, 0.0)
+    w = tl.zeros([BLOCK], tl.float32)
+    if bias is not None:
+        w = entries(bias, t, T, 0.0).to(tl.float32)
+    store_factors(factors + head * tl.cdiv(T, PAD) * PAD * 4, weight + head * T, t, x, (x - p) * sharpness, w, w * 0 + 1, T, PAD,
+                  v.dtype.element_ty)
+
+
+@triton.jit
+def store_factors(factors, weight, t, x, away, w, one, T, PAD: tl.constexpr, TYPE: tl.constexpr):
+    """What a tile needs of its sources, (padded, 4): x, up, down and the number beside their row; zeros from T on. The factors are as
+    the product sees them."""
+    there, place = t < T, factors + t * 4
+    inside = t < tl.cdiv(T, PAD) * PAD
+    tl.store(place, x, mask=inside)
+    tl.store(place + 1, tl.where(there, tl.exp(w + away), 0.0).to(TYPE).to(tl.float32), mask=inside)
+    tl.store(place + 2, tl.where(there, tl.exp(w - away), 0.0).to(TYPE).to(tl.float32), mask=inside)
+    tl.store(place + 3, tl.where(there, one, 0.0), mask=inside)
+    tl.store(weight + t, w, mask=there)
+
+
+def query_kernel(lambda_q, temperature, out, lse, spread, middle, grad, factors, weight, dout, grad_q, moment,
+                 out_b, out_h, out_t, grad_b, grad_h, grad_t, H, T, D: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr, M: tl.constexpr):
+    """Of a block of queries: factors and log weights as sources, their rows, the gradient of lambda and the share of the temperature's."""
+    head = tl.program_id(0).to(tl.int64)
+    b, h = head // H, head % H
+    t, d = tl.program_id(1) * M + tl.arange(0, M), tl.arange(0, WIDTH)
+    sharpness = (1 / tl.load(temperature + h)).to(tl.float32)
+    padded = tl.cdiv(T, PAD) * PAD
+    row = rows(grad + b * grad_b + h * grad_h, t, d, grad_t, T, D, WIDTH, False)
+    tl.store(dout + (head * padded + t)[:, None] * D + d[None, :], row, mask=(t < padded)[:, None] & (d < D)[None, :])
+    row = row.to(tl.float32)
+    rounding = rows(spread + (tl.num_programs(0) + head) * T * D, t, d, D, T, D, WIDTH, False).to(tl.float32)
+    delta = tl.sum(row * (rows(out + b * out_b + h * out_h, t, d, out_t, T, D, WIDTH, False).to(tl.float32) + rounding), 1)
+    a = entries(lambda_q + head * T, t, T, 0.0)
+    away = a - tl.load(middle + head * 2)
+    da = -tl.sum(row * rows(spread + head * T * D, t, d, D, T, D, WIDTH, False).to(tl.float32), 1) * sharpness
+    tl.store(grad_q + head * T + t, da, mask=t < T)
+    tl.store(moment + head * T + t, -away * da * sharpness, mask=t < T)
+    w = -entries(lse + head * T, t, T, 0.0).to(tl.float32)
+    store_factors(factors + head * padded * 4, weight + head * T, t, a, -away * sharpness, w, -delta, T, PAD, dout.dtype.element_ty)
+
+
+@triton.jit
+def four(factors, s, N: tl.constexpr):
+    """The columns of factors (padded, 4): one load, of 16 bytes a source."""
+    entry = tl.load(factors + s[:, None] * 4 + tl.arange(0, 4)[None, :])
+    even, odd = tl.split(tl.reshape(entry, [N, 2, 2]))
+    x, down = tl.split(even)
+    up, one = tl.split(odd)
+    return x, up, down, one
+
+
+@triton.jit
+def near_tile(start, plus, minus, one_plus, one_minus, x, r, d, c_edge, factors, source, decay, source_t, T, D: tl.constexpr,
+              WIDTH: tl.constexpr, DIAGONAL: tl.constexpr, BACKWARD: tl.constexpr, INTERPRET: tl.constexpr, N: tl.constexpr):
+    s = start + tl.arange(0, N)
+    row = rows(source, s, d, source_t, T, D, WIDTH, BACKWARD or not DIAGONAL)
+    y, up, down, one = four(factors, s, N)
+    if decay is not None:
+        c = entries(decay, s, T, 0.0)
+        fade = tl.exp(tl.minimum(c - c_edge if BACKWARD else c_edge - c, 0.0).to(tl.float32))
+        up, down = (up * fade).to(row.dtype).to(tl.float32), (down * fade).to(row.dtype).to(tl.float32)
+    below = y[None, :] >= x[:, None] if BACKWARD else y[None, :] <= x[:, None]
+    P_plus, P_minus = tl.where(below, up[None, :], 0.0), tl.where(below, 0.0, down[None, :])
+    if DIAGONAL:
+        seen = s[None, :] >= r[:, None] if BACKWARD else s[None, :] <= r[:, None]
+        P_plus, P_minus = tl.where(seen, P_plus, 0.0), tl.where(seen, P_minus, 0.0)
+    return add(plus, minus, one_plus, one_minus, P_plus, P_minus, row, one, BACKWARD, INTERPRET)
+
+
+@triton.jit
+def far_tile(start, plus, minus, one_plus, one_minus, scale, x, r, d, c_r, c_edge, sharpness, factors, weight, source, decay, source_t, T,
+             D: tl.constexpr, WIDTH: tl.constexpr, DIAGONAL: tl.constexpr, BACKWARD: tl.constexpr, INTERPRET: tl.constexpr, N: tl.constexpr):
+    """Sums are in units of exp(scale). Off the diagonal a decay is the sum of two that are both <= 0, so that float32 is fine for
+    each; on it they are not, and a mask is needed."""
+    s = start + tl.arange(0, N)
+    row = rows(source, s, d, source_t, T, D, WIDTH, BACKWARD or not DIAGONAL)
+    y, _, _, one = four(factors, s, N)
+    distance = x[:, None] - y[None, :]
+    e = entries(weight, s, T, float("-inf"))[None, :] - tl.abs(distance) * sharpness
+    if decay is not None:
+        c = entries(decay, s, T, 0.0)
+        if DIAGONAL:
+            lag = c_r[:, None] - c[None, :]
+            e += (-lag if BACKWARD else lag).to(tl.float32)
+        else:
+            to_edge, from_edge = c_r - c_edge, c_edge - c
+            e += (-to_edge if BACKWARD else to_edge).to(tl.float32)[:, None]
+            e += (-from_edge if BACKWARD else from_edge).to(tl.float32)[None, :]
+    if DIAGONAL:
+        e = tl.where(s[None, :] >= r[:, None] if BACKWARD else s[None, :] <= r[:, None], e, float("-inf"))
+    higher = tl.maximum(scale, tl.max(e, 1))
+    P, kept = tl.exp(e - higher[:, None]).to(row.dtype).to(tl.float32), tl.exp(scale - higher)
+    below = distance <= 0 if BACKWARD else distance >= 0
+    plus, minus, one_plus, one_minus = add(plus * kept[:, None], minus * kept[:, None], one_plus * kept, one_minus * kept,
+                                           tl.where(below, P, 0.0), tl.where(below, 0.0, P), row, one, BACKWARD, INTERPRET)
+    return plus, minus, one_plus, one_minus, higher
+
+
+@triton.jit
+def add(plus, minus, one_plus, one_minus, P_plus, P_minus, row, one, BACKWARD: tl.constexpr, INTERPRET: tl.constexpr):
+    """To the sums those of a tile."""
+    plus += product(P_plus, row, INTERPRET)
+    minus += product(P_minus, row, INTERPRET)
+    if BACKWARD:
+        P_plus, P_minus = P_plus * one[None, :], P_minus * one[None, :]
+    return plus, minus, one_plus + tl.sum(P_plus, 1), one_minus + tl.sum(P_minus, 1)
+
+
+def sums_kernel(receiver_x, source, v, temperature, decay, bias, reach, middle, factors, weight,
+                out, lse, spread, grad_k, grad_weight, moment,
+                source_b, source_h, source_t, v_b, v_h, v_t, out_b, out_h, out_t,
+                H, GROUP, T, TUNED, D: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr, INTERPRET: tl.constexpr, BACKWARD: tl.constexpr,
+                M: tl.constexpr, N: tl.constexpr):
+    tile = tl.program_id(1)
+    first = (tile if BACKWARD else tl.num_programs(1) - 1 - tile) * M  # those with the most sources begin
+    head = tl.program_id(0).to(tl.int64)
+    b, h = head // H, head % H
+    kv = b * (H // GROUP) + h // GROUP
+    receiver_x += (kv if BACKWARD else head) * T
+    source += b * source_b + (h if BACKWARD else h // GROUP) * source_h
+    factors, weight = factors + head * tl.cdiv(T, PAD) * PAD * 4, weight + head * T
+    if bias is not None:
+        bias += kv * T
+    r, d = first + tl.arange(0, M), tl.arange(0, WIDTH)
+    x, p = entries(receiver_x, r, T, 0.0), tl.load(middle + head * 2)
+    if not INTERPRET:  # adds 0: x takes the layout of products, so that weights are made where the next product wants them
+        x += tl.sum(tl.dot(tl.zeros([M, 16], source.dtype.element_ty), tl.zeros([16, WIDTH], source.dtype.element_ty)), 1)
+    sharpness = (1 / tl.load(temperature + h)).to(tl.float32)
+    last = tl.minimum(first + M, T)
+    diagonal, past = first // N * N, last if not BACKWARD else tl.cdiv(first + M, N) * N  # where it begins, ends
+    begin, end = (past, T) if BACKWARD else (0, diagonal)
+    c_r, c_edge = 0.0, 0.0
+    if decay is not None:
+        decay, reach = decay + head * T, reach + head * T
+        c_r = entries(decay, r, T, 0.0)
+        if BACKWARD:
+            c_edge, end = tl.load(decay + last - 1), tl.load(reach + last - 1) + 1
+        else:
+            c_edge, begin = tl.load(decay + first), tl.load(reach + first) // N * N
+
+    plus = tl.zeros([M, WIDTH], tl.float32)
+    minus = tl.zeros([M, WIDTH], tl.float32)
+    one_plus = tl.zeros([M], tl.float32)
+    one_minus = tl.zeros([M], tl.float32)
+    scale = tl.full([M], NOTHING, tl.float32)
+    if tl.load(middle + head * 2 + 1) > 0:
+        for start in range(begin, end, N):
+            plus, minus, one_plus, one_minus = near_tile(start, plus, minus, one_plus, one_minus, x, r, d, c_edge, factors, source,
+                                                         decay, source_t, T, D, WIDTH, False, BACKWARD, INTERPRET, N)
+        if decay is None:
+            for start in range(diagonal, tl.minimum(past, T), N):
+                plus, minus, one_plus, one_minus = near_tile(start, plus, minus, one_plus, one_minus, x, r, d, c_edge, factors, source,
+                                                             decay, source_t, T, D, WIDTH, True, BACKWARD, INTERPRET, N)
+        away = (p - x if BACKWARD else x - p) * sharpness
+        receiver_plus, receiver_minus = tl.exp(-away), tl.exp(away)
+        plus, minus = plus * receiver_plus[:, None], minus * receiver_minus[:, None]
+        one_plus, one_minus = one_plus * receiver_plus, one_minus * receiver_minus
+        scale = tl.zeros([M], tl.float32)
         if decay is not None:
-            own = decay + head * T
-            end = tl.load(newest + head * T + tl.minimum(start + N, T) - 1) + 1
-        for first in range(start // M * M, tl.minimum(past, end), M):
-            dV, dw, signed = key_tile(first, dV, dw, signed, key, values, j, d, lambda_q + head * T, lse + head * T, delta + head * T,
-                                      grad + b * grad_b + h * grad_h, own, bias, grad_t, sharpness, T, D, True, INTERPRET, M)
-        for first in range(past, end, M):
-            dV, dw, signed = key_tile(first, dV, dw, signed, key, values, j, d, lambda_q + head * T, lse + head * T, delta + head * T,
-                                      grad + b * grad_b + h * grad_h, own, bias, grad_t, sharpness, T, D, False, INTERPRET, M)
-        db += signed * sharpness
-        tl.store(grad_weight + head * T + j, dw, mask=j < T)
-    tl.store(grad_k + kv * T + j, db, mask=j < T)
-    tl.store(grad_v + b * grad_v_b + hk * grad_v_h + j.to(tl.int64)[:, None] * grad_v_t + d[None, :], dV,
-             mask=(j < T)[:, None] & (d < D)[None, :])
+            scale += (c_edge - c_r if BACKWARD else c_r - c_edge).to(tl.float32)
+    else:
+        for start in range(begin, end, N):
+            plus, minus, one_plus, one_minus, scale = far_tile(start, plus, minus, one_plus, one_minus, scale, x, r, d, c_r, c_edge, sharpness,
+                                                               factors, weight, source, decay, source_t, T, D, WIDTH, False, BACKWARD,
+                                                               INTERPRET, N)
+        if decay is None:
+            for start in range(diagonal, tl.minimum(past, T), N):
+                plus, minus, one_plus, one_minus, scale = far_tile(start, plus, minus, one_plus, one_minus, scale, x, r, d, c_r, c_edge,
+                                                                   sharpness, factors, weight, source, decay, source_t, T, D, WIDTH, True,
+                                                                   BACKWARD, INTERPRET, N)
+    if decay is not None:
+        for start in range(diagonal, tl.minimum(past, end if BACKWARD else T), N):
+            plus, minus, one_plus, one_minus, scale = far_tile(start, plus, minus, one_plus, one_minus, scale, x, r, d, c_r, c_edge, sharpness,
+                                                               factors, weight, source, decay, source_t, T, D, WIDTH, True, BACKWARD,
+                                                               INTERPRET, N)
+
+    inside = (r < T)[:, None] & (d < D)[None, :]
+    place = out + b * out_b + h * out_h + r.to(tl.int64)[:, None] * out_t + d[None, :]  # out is dV in the backward pass
+    if BACKWARD:
+        if bias is not None:
+            scale += entries(bias, r, T, 0.0).to(tl.float32)
+        unit = tl.exp(scale)
+        total, diff = (plus + minus) * unit[:, None], (plus - minus) * unit[:, None]
+        tl.store(place, total, mask=inside)
+        value = rows(v + b * v_b + h // GROUP * v_h, r, d, v_t, T, D, WIDTH, False).to(tl.float32)
+        db = (tl.sum(diff * value, 1) + (one_plus - one_minus) * unit) * sharpness
+        tl.store(grad_k + head * T + r, db, mask=r < T)
+        tl.store(grad_weight + head * T + r, tl.sum(total * value, 1) + (one_plus + one_minus) * unit, mask=r < T)
+        tl.store(moment + head * T + r, (p - x) * db * sharpness, mask=r < T)
+    else:
+        Z = one_plus + one_minus
+        total = (plus + minus) / Z[:, None]
+        rounded = total.to(out.dtype.element_ty)
+        tl.store(place, rounded, mask=inside)
+        place = spread + (head * T + r.to(tl.int64))[:, None] * D + d[None, :]
+        tl.store(place, (plus - minus) / Z[:, None] - ((one_plus - one_minus) / Z)[:, None] * total, mask=inside)
+        tl.store(place + tl.num_programs(0).to(tl.int64) * T * D, total - rounded.to(tl.float32), mask=inside)
+        tl.store(lse + head * T + r, scale + tl.log(Z), mask=r < T)
 
 
 @triton.jit
@@ -292,25 +359,24 @@ def level_kernel(x, w, order, values, weight, total, diff, scale, new_scale, hal
         held = tl.max(reach, 0)
 
 
-# (M, N, warps, stages) to choose from, on the first inputs of each head size and type
-FORWARD_TILES = [(128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 4, 3), (64, 32, 4, 3)]
-BACKWARD_TILES = [(64, 64, 8, 2), (64, 32, 4, 2), (32, 64, 4, 2), (32, 32, 4, 2)]
+# (M, N, warps, stages, registers of a thread at most) to choose from, on the first inputs of each head size, type and tuned_for(T)
+TILES = [(64, 32, 4, 3, 168), (64, 64, 4, 3, None), (128, 64, 8, 3, None), (64, 32, 8, 3, None), (32, 32, 4, 2, None)]
 INTERPRETED_TILE = {"M": 64, "N": 64}
+KEYS_BLOCK, QUERIES_BLOCK = 1024, 32
+PAD = 128  # what the sources of a tile are padded to: a multiple of every N
 LEVEL_TILE = (64, 32, 4, 2)  # items of a chunk, columns, warps, stages
 
 
-def launcher(function, tiles):
-    kernel = triton.jit(function)
+def launcher():
+    kernel = triton.jit(sums_kernel)
     if INTERPRETED:  # autotuning needs a device
-        return lambda grid, *args: kernel[grid(INTERPRETED_TILE)](*args, True, **INTERPRETED_TILE)
-    tuned = triton.autotune([triton.Config({"M": M, "N": N}, num_warps=warps, num_stages=stages) for M, N, warps, stages in tiles],
-                            key=["WIDTH"])(kernel)
-    return lambda grid, *args: tuned[grid](*args, False)
+        return lambda grid, *args: kernel[grid(INTERPRETED_TILE)](*args, **INTERPRETED_TILE)
+    tuned = triton.autotune([triton.Config({"M": M, "N": N}, num_warps=warps, num_stages=stages, maxnreg=registers)
+                             for M, N, warps, stages, registers in TILES], key=["WIDTH", "BACKWARD", "TUNED"])(kernel)
+    return lambda grid, *args: tuned[grid](*args)
 
 
-KERNELS = {forward_kernel: FORWARD_TILES, query_kernel: BACKWARD_TILES, key_kernel: BACKWARD_TILES}
-launch = {function: launcher(function, tiles) for function, tiles in KERNELS.items()}
-launch_level = triton.jit(level_kernel)
+launch_keys, launch_queries, launch_level, launch_sums = triton.jit(key_kernel), triton.jit(query_kernel), triton.jit(level_kernel), launcher()
 
 
 def level(xs, ws, rows, head, xr, wr, total, diff, scale, half, C, backward):
@@ -334,6 +400,15 @@ def width(D):
     return max(16, triton.next_power_of_2(D))
 
 
+def padded(T):
+    return triton.cdiv(T, PAD) * PAD
+
+
+def tuned_for(T):
+    """Lengths of the same number take the same tiles."""
+    return min(max(triton.next_power_of_2(T), 256), 8192)
+
+
 def strides(*tensors):
     return [stride for x in tensors for stride in x.stride()[:3]]
 
@@ -353,23 +428,31 @@ def reaches(lambda_q, lambda_k, temperature, decay, bias):
 
 
 def forward(lambda_q, lambda_k, v, temperature, decay, bias):
-    """out (B, H, T, D) in v's type, lse (B, H, T) and two tensors of nothing, which other implementations save."""
+    """out (B, H, T, D) in v's type, lse (B, H, T), (2, B, H, T, D) of spread and of what rounding took from out, and middle (B, H, 2)."""
     (B, H, T), D = lambda_q.shape, v.shape[-1]
     out, lse = v.new_empty(B, T, H, D).transpose(1, 2), temperature.new_empty(B, H, T)
+    spread, middle = v.new_empty(2, B, H, T, D), lambda_q.new_empty(B, H, 2)
+    factors, weight = lambda_q.new_empty(B, H, padded(T), 4), lambda_q.new_empty(B, H, T)
+    launch_keys[B * H, triton.cdiv(padded(T), KEYS_BLOCK)](lambda_q, lambda_k, v, temperature, bias, middle, factors, weight,
+                                                           H, H // v.shape[1], T, v.dtype is torch.float16, PAD, KEYS_BLOCK)
     oldest, _ = reaches(lambda_q, lambda_k, temperature, decay, bias)
-    launch[forward_kernel](lambda tile: (B * H, triton.cdiv(T, tile["M"])), lambda_q, lambda_k, v, temperature, decay, bias, oldest,
-                           out, lse, *strides(v, out), H, H // v.shape[1], T, D, width(D))
-    return out, lse, v.new_empty(0), v.new_empty(0)
+    launch_sums(lambda tile: (B * H, triton.cdiv(T, tile["M"])), lambda_q, v, v, temperature, decay, bias, oldest, middle, factors, weight,
+                out, lse, spread, None, None, None, *strides(v, v, out), H, H // v.shape[1], T, tuned_for(T), D, width(D), PAD, INTERPRETED, False)
+    return out, lse, spread, middle
 
 
-def backward(grad, lambda_q, lambda_k, v, temperature, decay, bias, out, lse, *_):
-    (B, H, T), (Hkv, D) = lambda_q.shape, v.shape[1::2]
-    delta, grad_q, moment = (torch.empty_like(lambda_q) for _ in range(3))
-    grad_k, grad_v, grad_weight = torch.empty_like(lambda_k), v.new_empty(B, T, Hkv, D).transpose(1, 2), temperature.new_empty(B, H, T)
-    oldest, newest = reaches(lambda_q, lambda_k, temperature, decay, bias)
-    shared, sizes = (lambda_q, lambda_k, v, temperature, decay, bias), (H, H // Hkv, T, D, width(D))
-    launch[query_kernel](lambda tile: (B * H, triton.cdiv(T, tile["M"])), *shared, oldest, out, lse, grad, delta, grad_q, moment,
-                         *strides(v, out, grad), *sizes)
-    launch[key_kernel](lambda tile: (B * Hkv, triton.cdiv(T, tile["N"])), *shared, newest, lse, grad, delta, grad_k, grad_v,
-                       grad_weight, *strides(v, grad, grad_v), *sizes)
-    return grad_q, grad_k, grad_v, moment.sum((0, 2)).to(temperature.dtype), grad_weight
+def backward(grad, lambda_q, lambda_k, v, temperature, decay, bias, out, lse, spread, middle):
+    (B, H, T), D = lambda_q.shape, v.shape[-1]
+    group = H // v.shape[1]
+    factors, weight, moment = lambda_q.new_empty(B, H, padded(T), 4), lambda_q.new_empty(B, H, T), lambda_q.new_empty(2, B, H, T)
+    grad_q, grad_k, grad_weight = torch.empty_like(lambda_q), torch.empty_like(lambda_q), temperature.new_empty(B, H, T)
+    rows, grad_v = v.new_empty(B, H, padded(T), D), (v if group == 1 else lambda_q).new_empty(B, T, H, D).transpose(1, 2)
+    launch_queries[B * H, padded(T) // QUERIES_BLOCK](lambda_q, temperature, out, lse, spread, middle, grad, factors, weight, rows, grad_q,
+                                                      moment[0], *strides(out, grad), H, T, D, width(D), PAD, QUERIES_BLOCK)
+    _, newest = reaches(lambda_q, lambda_k, temperature, decay, bias)
+    launch_sums(lambda tile: (B * H, triton.cdiv(T, tile["M"])), lambda_k, rows, v, temperature, decay, bias, newest, middle, factors, weight,
+                grad_v, None, None, grad_k, grad_weight, moment[1], *strides(rows, v, grad_v), H, group, T, tuned_for(T), D, width(D), PAD,
+                INTERPRETED, True)
+    if group > 1:
+        grad_k, grad_v = grad_k.unflatten(1, (-1, group)).sum(2), by_token(grad_v.unflatten(1, (-1, group)).sum(2).to(v.dtype))
+    return grad_q, grad_k, grad_v, moment.sum((0, 1, 3), dtype=temperature.dtype), grad_weight

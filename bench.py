@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 import tomllib
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -52,9 +52,10 @@ from train import domain_laplacian, learning_rate, to_device, training_batch
 
 RESULTS = Path(__file__).parent / "results"
 HEADS, HEAD_SIZE = 6, 64
-TOKENS = 4096  # of a batch, where one sequence has not more
+TOKENS = {"cpu": 4096, "cuda": 32768}  # of a batch, where one sequence has not more
+SDPA = {"sdpa": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 LONGEST = {"cpu": {"sdpa": 65536, "naive": 4096, "tree": 65536, "walk": 65536},  # dense weights no longer fit beyond
-           "cuda": {"sdpa": 65536, "naive": 4096, "tree": 65536, "triton": 65536}}
+           "cuda": {"sdpa": 65536, "cudnn": 65536, "naive": 2048, "tree": 65536, "triton": 65536}}
 EMBEDDED = (2000, 8000, 32027, 320272)  # rows; the last is the published run's
 WITH_ARROWSPACE = (2000, 8000)
 LAYERS, WIDTH, VOCABULARY = 6, 384, 30522  # configs/tau_30m.toml
@@ -75,45 +76,38 @@ def operator(impl, B, T, device):
     q, k, v, grad = torch.randn(4, B, HEADS, T, HEAD_SIZE, generator=generator).to(
         device, torch.bfloat16 if device == "cuda" else torch.float32).unbind()
     lambda_q, lambda_k = torch.rand(2, B, HEADS, T, generator=generator).to(device).unbind()
-    inputs = [q, k, v] if impl == "sdpa" else [lambda_q, lambda_k, v]
+    inputs = [q, k, v] if impl in SDPA else [lambda_q, lambda_k, v]
     inputs = [x.clone().requires_grad_() for x in inputs]
 
     def attend():
-        if impl == "sdpa":
-            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        if impl in SDPA:
+            with sdpa_kernel(SDPA[impl]):
                 return F.scaled_dot_product_attention(*inputs, is_causal=True)
         return tau_attention(*inputs, temperature=1.0, impl=impl)
 
     def forward():
         attend()
-        if device == "cuda":
-            torch.cuda.synchronize()
 
     def both():
         attend().backward(grad)
         for x in inputs:
             x.grad = None
-        if device == "cuda":
-            torch.cuda.synchronize()
     return forward, both
 
 
 calls = None  # of the operator that a process of its own measures
 
 
-def begin(impl, B, T, threads, device):
+def begin(impl, B, T, threads):
     """Get ready to time an operator in this fresh process. Returns the peak memory in MB of forward and backward, beyond
     that of the process and of the inputs."""
     global calls
     torch.set_num_threads(threads)
-    operator(impl, *((1, 128) if device == "cpu" else (B, T)), device)[1]()  # on a GPU the tiles are tuned on what is measured
-    calls = operator(impl, B, T, device)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    peak_mb = peak_rss_mb if device == "cpu" else lambda: torch.cuda.max_memory_allocated() / 2**20
-    before = peak_mb()
+    operator(impl, 1, 128, "cpu")[1]()
+    calls = operator(impl, B, T, "cpu")
+    before = peak_rss_mb()
     calls[1]()
-    return peak_mb() - before
+    return peak_rss_mb() - before
 
 
 def seconds(which):
@@ -127,17 +121,64 @@ def seconds(which):
     return taken
 
 
+def cuda_seconds(call):
+    """(of one call, all that the processor does for it included; of the GPU alone, which is kept waiting until all its work is there)."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    taken = time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(int(4e9 * taken))  # clock ticks, of which a GPU makes 2e9 a second at most
+    begin.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return taken, begin.elapsed_time(end) / 1e3
+
+
+def bench_attention_cuda(args):
+    if not torch.cuda.is_available():
+        raise UserError("--device=cuda: torch finds no CUDA device")
+    rows = []
+    for T in (256 * 2**i for i in range(9) if 256 * 2**i <= args.longest):
+        B = max(1, TOKENS["cuda"] // T)
+        calls, memory = {}, {}
+        for impl in (impl for impl, longest in LONGEST["cuda"].items() if T <= longest):
+            calls[impl] = operator(impl, B, T, "cuda")
+            calls[impl][1]()  # tunes the tiles
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            calls[impl][1]()
+            memory[impl] = (torch.cuda.max_memory_allocated() - before) / 2**20
+        measured = {impl: ([], []) for impl in calls}
+        for _ in tqdm(range(args.repeats + 1), desc=f"T = {T}", disable=None):  # the first is a warm-up
+            for impl, both in calls.items():
+                for call, times in zip(both, measured[impl]):
+                    times.append(cuda_seconds(call))
+        for impl, times in measured.items():
+            (forward, gpu_forward), (both, gpu_both) = (1e3 * np.median(runs[1:], 0) for runs in times)
+            rows.append({"impl": impl, "B": B, "T": T, "forward_ms": forward, "forward_backward_ms": both, "gpu_forward_ms": gpu_forward,
+                         "gpu_forward_backward_ms": gpu_both, "runs": args.repeats, "memory_mb": memory[impl]})
+    for key in ("forward_backward_ms", "gpu_forward_backward_ms"):
+        for row in rows:
+            sdpa, = (other[key] for other in rows if other["impl"] == "sdpa" and other["T"] == row["T"])
+            row[("gpu_" if key.startswith("gpu") else "") + "times_as_fast_as_sdpa"] = sdpa / row[key]
+    write("attention_cuda", rows, args)
+    draw([row | {"forward_ms": row["gpu_forward_ms"], "forward_backward_ms": row["gpu_forward_backward_ms"]} for row in rows], "attention_cuda")
+
+
 def bench_attention(args):
     """Every operator in a process of its own, so that it does not meet memory that another has just given back."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device=cuda: torch finds no CUDA device")
-    rows, name, longest_of = [], "attention" if args.device == "cpu" else "attention_cuda", LONGEST[args.device]
+    if args.device == "cuda":
+        return bench_attention_cuda(args)
+    rows, name, longest_of = [], "attention", LONGEST["cpu"]
     for T in (256 * 2**i for i in range(9) if 256 * 2**i <= args.longest):
-        B = max(1, TOKENS // T)
+        B = max(1, TOKENS["cpu"] // T)
         with ExitStack() as stack:
             pools = {impl: stack.enter_context(multiprocessing.get_context("spawn").Pool(1))
                      for impl, longest in longest_of.items() if T <= longest}
-            memory = {impl: pool.apply(begin, (impl, B, T, torch.get_num_threads(), args.device)) for impl, pool in pools.items()}
+            memory = {impl: pool.apply(begin, (impl, B, T, torch.get_num_threads())) for impl, pool in pools.items()}
             times = {impl: ([], []) for impl in pools}
             for repeat in tqdm(range(args.repeats + 1), desc=f"T = {T}", disable=None):  # the first is a warm-up
                 for impl, pool in pools.items():
@@ -164,15 +205,15 @@ def draw(rows, name):
                                 ("forward, ms", "forward and backward, ms", "peak memory, MB")):
         for impl in dict.fromkeys(row["impl"] for row in rows):
             points = [(row["T"], max(row[key], 1e-2) / row["B"]) for row in rows if row["impl"] == impl]
-            axis.loglog(*zip(*points), marker=".", label={"sdpa": "flash SDPA (dot product)"}.get(impl, f"tau, {impl}"))
+            axis.loglog(*zip(*points), marker=".", label={"sdpa": "flash SDPA (dot product)", "cudnn": "cuDNN's SDPA (dot product)"}.get(impl, f"tau, {impl}"))
         axis.set(xlabel="tokens T", title=f"{label}, a sequence")
         axis.legend(fontsize="small")
     with replacing(RESULTS / f"{name}.png") as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 
-def train_step(contender, nanogpt, B, T, steps, compile, threads):
-    """(seconds of a training step, median; peak memory in MB) of a 30M model, in a fresh process."""
+def train_step(contender, nanogpt, B, T, steps, compile, threads, device):
+    """(seconds of a training step, median; peak memory in MB) of a 30M model, in a fresh process; on a GPU in bfloat16."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     if contender == "nanogpt":
@@ -187,18 +228,25 @@ def train_step(contender, nanogpt, B, T, steps, compile, threads):
                                       attention=contender),
                           torch.from_numpy(laplacian_of(random_distances(WIDTH, seed=0))))
         loss_of = lambda model, idx, targets: model(idx, targets)
+    model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     run = torch.compile(model) if compile else model
     times = []
     for _ in range(steps + 1):  # the first is a warm-up
-        idx, targets = torch.randint(VOCABULARY, (2, B, T)).unbind()
+        idx, targets = torch.randint(VOCABULARY, (2, B, T), device=device).unbind()
+        if device == "cuda":
+            torch.cuda.synchronize()
         begin = time.perf_counter()
-        loss_of(run, idx, targets).backward()
+        with torch.autocast("cuda", torch.bfloat16) if device == "cuda" else nullcontext():
+            loss = loss_of(run, idx, targets)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if device == "cuda":
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - begin)
-    return statistics.median(times[1:]), peak_rss_mb()
+    return statistics.median(times[1:]), train.peak_mem_mb(torch.device(device))
 
 
 def bench_train_step(args):
@@ -207,12 +255,12 @@ def bench_train_step(args):
         raise UserError(f"--nanogpt={args.nanogpt}: there is no model.py; give a checkout of nanoGPT")
     rows = []
     for T in [length for length in (1024, 4096, 16384) if length <= args.longest]:
-        B = max(1, TOKENS // T)
+        B = max(1, TOKENS[args.device] // T)
         measured = {contender: [] for contender in contenders}
         for _ in tqdm(range(args.repeats), desc=f"T = {T}", disable=None):
             for contender in contenders:
                 measured[contender].append(in_own_process(train_step, contender, args.nanogpt, B, T, args.steps, args.compile,
-                                                          torch.get_num_threads()))
+                                                          torch.get_num_threads(), args.device))
         for contender, results in measured.items():
             seconds, memory = (statistics.median(column) for column in zip(*results))
             rows.append({"model": contender, "B": B, "T": T, "compile": args.compile, "step_s": seconds,
@@ -221,7 +269,7 @@ def bench_train_step(args):
     for row in rows:
         row[f"speed_to_{contenders[-1]}"] = row["tokens_per_s"] / base[row["T"]]["tokens_per_s"]
         row[f"memory_to_{contenders[-1]}"] = row["memory_mb"] / base[row["T"]]["memory_mb"]
-    write("train_step" + ("_compiled" if args.compile else ""), rows, args)
+    write("train_step" + ("_cuda" if args.device == "cuda" else "") + ("_compiled" if args.compile else ""), rows, args)
 
 
 def published_model(attention):
@@ -486,43 +534,52 @@ def bench_laplacian(args):
 
 def kernel_resources(what):
     """What ptxas says of a kernel: its name in attention_triton, tile, width of a head, type of the values, whether with decay and
-    bias, compute capability."""
+    bias, whether of the backward pass, compute capability."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
     import attention_triton
-    name, (M, N, warps, stages), width, values, terms, capability = what
+    name, (M, N, warps, stages, registers), width, values, terms, backward, capability = what
     kernel = triton.jit(getattr(attention_triton, name))
-    constants = {"WIDTH": width, "INTERPRET": False, "BACKWARD": False, "M": M, "N": N, "C": M, "COLS": N}
-    constants |= {} if terms else dict.fromkeys(("decay", "bias", "oldest", "newest"))
-    types = {"v": values, "out": values, "grad": values, "grad_v": values, "oldest": "i32", "newest": "i32", "order": "i64"} | dict.fromkeys(
-        ("lambda_q", "lambda_k", "delta", "grad_q", "grad_k", "moment", "values", "total", "diff"), "fp32") | dict.fromkeys(
-        ("temperature", "decay", "bias", "lse", "grad_weight", "x", "w", "weight", "scale", "new_scale"), "fp64")
+    constants = {"D": width, "WIDTH": width, "PAD": attention_triton.PAD, "HALF": values == "fp16", "INTERPRET": False, "BACKWARD": backward,
+                 "BLOCK": M, "M": M, "N": N, "C": M, "COLS": N}
+    if name != "level_kernel":
+        constants |= dict.fromkeys(("lse", "spread") if backward and name == "sums_kernel" else ("grad_k", "grad_weight")) | (
+            {} if terms else dict.fromkeys(("decay", "bias", "reach")))
+    constants |= {"moment": None} if name == "sums_kernel" and not backward else {}
+    types = dict.fromkeys(("v", "source", "out", "spread", "grad", "dout"), values) | {"reach": "i32", "order": "i64"} | dict.fromkeys(
+        ("lambda_q", "lambda_k", "receiver_x", "middle", "factors", "grad_q", "grad_k", "moment", "values", "total", "diff"), "fp32"
+        ) | dict.fromkeys(("temperature", "decay", "bias", "lse", "grad_weight", "x", "w", "scale", "new_scale"), "fp64")
+    types["weight"] = "fp64" if name == "level_kernel" else "fp32"
     signature = {p: "constexpr" if p in constants else "*" + types[p] if p in types else "fp32" if p == "sign" else "i32"
                  for p in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, p in enumerate(kernel.arg_names) if p in types or p[-2:] in ("_b", "_h", "_t")}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, p in enumerate(kernel.arg_names)
+               if p not in constants and (p in types or p[-2:] in ("_b", "_h", "_t"))}
     source = ASTSource(kernel, signature, {(i,): constants[p] for i, p in enumerate(kernel.arg_names) if p in constants}, aligned)
-    compiled = triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": warps, "num_stages": stages})
+    compiled = triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": warps, "num_stages": stages, "maxnreg": registers})
     with tempfile.TemporaryDirectory() as folder:
         (ptx := Path(folder) / "kernel.ptx").write_text(compiled.asm["ptx"])
         said = subprocess.run([get_ptxas(capability).path, "-v", "--regAllocOptLevel=2", f"--gpu-name=sm_{capability}{'a' * (capability == 90)}",
                                ptx, "-o", os.devnull], capture_output=True, text=True, check=True).stderr
     number = lambda pattern: int(re.search(pattern, said)[1])
     return {"kernel": name, "tile": f"{M} x {N}", "warps": warps, "stages": stages, "head_size": width, "values": values,
-            "decay_and_bias": terms, "capability": capability / 10, "registers": number(r"Used (\d+) registers"), "shared_kb": compiled.metadata.shared / 2**10,
+            "decay_and_bias": terms, "backward": backward, "capability": capability / 10, "registers": number(r"Used (\d+) registers"), "shared_kb": compiled.metadata.shared / 2**10,
             "spilled_bytes": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")}
 
 
 def bench_triton(args):
     """Compile every kernel with every tile that autotuning may take, ahead of time. Ends with an error where one does not fit."""
     try:
-        from attention_triton import KERNELS, LEVEL_TILE
+        from attention_triton import KEYS_BLOCK, LEVEL_TILE, QUERIES_BLOCK, TILES
     except ImportError as error:
         raise UserError(f"triton needs the package triton: pip install triton==3.9.0 ({error})") from None
-    every = [(kernel.__name__, tile, width, values, terms, capability) for kernel, tiles in KERNELS.items() for tile in tiles
-             for width in (64, 128) for values in ("bf16", "fp32") for terms in (False, True) for capability in SHARED_KB]
-    every += [("level_kernel", LEVEL_TILE, 0, "fp32", True, capability) for capability in SHARED_KB]
+    types, both, default = ("bf16", "fp16", "fp32"), (False, True), (1, 4, 3, None)
+    every = [("sums_kernel", tile, width, values, terms, backward, capability) for tile in TILES for width in (64, 128) for values in types
+             for terms in both for backward in both for capability in SHARED_KB]
+    every += [("key_kernel", (KEYS_BLOCK, *default), 0, values, terms, False, capability) for values in types for terms in both for capability in SHARED_KB]
+    every += [("query_kernel", (QUERIES_BLOCK, *default), width, values, True, True, capability) for width in (64, 128) for values in types for capability in SHARED_KB]
+    every += [("level_kernel", (*LEVEL_TILE, None), 0, "fp32", True, True, capability) for capability in SHARED_KB]
     with multiprocessing.get_context("spawn").Pool() as pool:
         rows = list(tqdm(pool.imap(kernel_resources, every), total=len(every), disable=None))
     write("triton_resources", rows, args)
@@ -552,14 +609,14 @@ def main():
     options.add_argument("--embeddings", metavar="FILE.npy", help="laplacian: rows to repeat (default: random ones)")
     options.add_argument("--runs", nargs="+", metavar="OUT_DIR", help="context: trained models")
     options.add_argument("--data_dir", metavar="DIR", help="context: the corpus they were trained on")
-    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="attention: where (default: %(default)s)")
+    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="attention, train_step: where (default: %(default)s)")
     options.add_argument("--compile", action="store_true", help="train_step: torch.compile every model")
     options.add_argument("--longest", type=int, default=131072, help="tokens; attention: 65,536 at most (default: %(default)s)")
     options.add_argument("--repeats", type=int, default=5, help="runs, of which the median (default: %(default)s)")
     options.add_argument("--steps", type=int, default=3, help="train_step: steps of a run (default: %(default)s)")
     args = options.parse_args()
-    if args.device == "cuda" and args.what != "attention":
-        raise UserError("--device=cuda is for attention")
+    if args.device == "cuda" and args.what not in ("attention", "train_step"):
+        raise UserError("--device=cuda is for attention and train_step")
     for name, least in (("longest", 1024), ("repeats", 1), ("steps", 1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name}={getattr(args, name)} must be at least {least}")

@@ -276,11 +276,11 @@ def test_where_the_tree_begins_on_a_gpu_is_what_was_measured(tmp_path, monkeypat
             for T, ms in times.items()]
     monkeypatch.setattr(attention, "MEASURED", tmp_path / "measured.json")
     monkeypatch.setattr(attention, "gpu_kernels", lambda: True)
-    assert attention._long_from.__wrapped__("cuda") == 16384
+    assert attention._long_from.__wrapped__("cuda") == 131072
     attention.MEASURED.write_text(json.dumps({"rows": rows}))
     assert attention._long_from.__wrapped__("cuda") == expected
     attention.MEASURED.write_text(json.dumps({"rows": [row for row in rows if row["impl"] == "tree"]}))
-    assert attention._long_from.__wrapped__("cuda") == 16384  # nothing to compare with
+    assert attention._long_from.__wrapped__("cuda") == 131072  # nothing to compare with
     rows[0]["forward_backward_ms"] = "2 ms"
     for damaged in (json.dumps({"rows": rows}), json.dumps({"rows": rows})[:-9]):
         attention.MEASURED.write_text(damaged)
