@@ -36,8 +36,6 @@ import torch
 import triton
 import triton.language as tl
 
-from attention import by_token
-
 NEGLIGIBLE = 40
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the same code on a CPU, slowly
 NOTHING = tl.constexpr(-1e30)
@@ -454,5 +452,6 @@ def backward(grad, lambda_q, lambda_k, v, temperature, decay, bias, out, lse, sp
                 grad_v, None, None, grad_k, grad_weight, moment[1], *strides(rows, v, grad_v), H, group, T, tuned_for(T), D, width(D), PAD,
                 INTERPRETED, True)
     if group > 1:
-        grad_k, grad_v = grad_k.unflatten(1, (-1, group)).sum(2), by_token(grad_v.unflatten(1, (-1, group)).sum(2).to(v.dtype))
+        grad_k = grad_k.unflatten(1, (-1, group)).sum(2)
+        grad_v = grad_v.transpose(1, 2).unflatten(2, (-1, group)).sum(3).to(v.dtype).transpose(1, 2)
     return grad_q, grad_k, grad_v, moment.sum((0, 1, 3), dtype=temperature.dtype), grad_weight
