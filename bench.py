@@ -574,7 +574,7 @@ def bench_triton(args):
         from attention_triton import KEYS_BLOCK, LEVEL_TILE, QUERIES_BLOCK, TILES
     except ImportError as error:
         raise UserError(f"triton needs the package triton: pip install triton==3.9.0 ({error})") from None
-    types, both, default = ("bf16", "fp16", "fp32"), (False, True), (1, 4, 3, None)
+    types, both, default = ("bf16", "fp32"), (False, True), (1, 4, 3, None)
     every = [("sums_kernel", tile, width, values, terms, backward, capability) for tile in TILES for width in (64, 128) for values in types
              for terms in both for backward in both for capability in SHARED_KB]
     every += [("key_kernel", (KEYS_BLOCK, *default), 0, values, terms, False, capability) for values in types for terms in both for capability in SHARED_KB]
