@@ -36,6 +36,16 @@ def untied_inputs(row):
     return [x if x is None else x.to(DEVICE) for x in (lambda_q, lambda_k, *rest)]
 
 
+def mixed(inputs, impl, dtype):
+    """out and gradients with values of dtype and all else float32, or float64 where dtype is."""
+    lambda_q, lambda_k, v, *rest = [x if x is None else x.to(torch.promote_types(dtype, torch.float32)) for x in inputs]
+    arguments = [x if x is None else x.detach().clone().requires_grad_() for x in (lambda_q, lambda_k, v.to(dtype), *rest)]
+    out = tau_attention(*arguments, impl=impl)
+    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out))
+    assert out.dtype is dtype and arguments[2].grad.dtype is dtype
+    return [out.detach(), *(None if x is None else x.grad for x in arguments)]
+
+
 def logit(row):
     """The greatest distance, in temperatures."""
     return 1 / row["temperature"] + 1000 * (row["lambdas"] == "one row far")
@@ -71,6 +81,21 @@ def test_equals_reference(row):
         assert error <= tolerance[name] * size, (name, error, size)
 
 
+@pytest.mark.parametrize("log_decay", [None, "token"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
+def test_lambdas_as_far_apart_as_factors_go_and_farther(log_decay, dtype, tolerance):
+    row = dict(T=130, D=16, heads=(2, 2), temperature=1 / 32, lambdas="uniform", log_decay=log_decay, key_bias=True)
+    lambda_q, lambda_k, v, _, decay, bias = untied_inputs(row)
+    lambda_q[..., 0], lambda_k[..., 0], lambda_q[..., 100], lambda_k[..., 100] = 0, 1, 0.999, 0.001
+    bias = (bias * 20).clamp(-10.9, 10.9)
+    temperature = torch.tensor([1 / 31, 1 / 33], device=DEVICE)
+    arguments = [lambda_q, lambda_k, v.to(dtype).float(), temperature, decay, bias]
+    for name, ours, theirs in zip(NAMES, mixed(arguments, "triton", dtype), mixed(arguments, "naive", torch.float64), strict=True):
+        if theirs is not None and name != "temperature":
+            error, size = (ours.double() - theirs).abs().max().item(), max(theirs.abs().max().item(), one_term(row, name))
+            assert error <= tolerance * size, (name, error, size)
+
+
 def test_same_bits_again():
     arguments = table_inputs(100, 16, (1, 2), 0.05, "uniform", "token", True)
     once, again = (value_and_gradients(on_device(arguments), "triton", torch.float32) for _ in range(2))
@@ -91,15 +116,9 @@ def test_other_tiles(tile, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("row", [row for row in pairwise(SHORT) if row["T"] >= 63][::5], ids=lambda row: "-".join(str(value) for value in row.values()))
 def test_values_of_half_precision(row, dtype):
-    def values_and_gradients(impl, accurate):
-        q, k, v, *rest = [x if x is None else x.to(torch.float64 if accurate else torch.float32) for x in untied_inputs(row)]
-        v = v.to(dtype).to(torch.float64 if accurate else dtype)
-        arguments = [x if x is None else x.requires_grad_() for x in (q, k, v, *rest)]
-        out = tau_attention(*arguments, impl=impl)
-        out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out))
-        assert out.dtype is v.dtype and arguments[2].grad.dtype is v.dtype
-        return [out.detach(), *(None if x is None else x.grad for x in arguments)]
-    for name, ours, theirs in zip(NAMES, values_and_gradients("triton", False), values_and_gradients("naive", True), strict=True):
+    lambda_q, lambda_k, v, *rest = untied_inputs(row)
+    inputs = [lambda_q, lambda_k, v.to(dtype).float(), *rest]
+    for name, ours, theirs in zip(NAMES, mixed(inputs, "triton", dtype), mixed(inputs, "naive", torch.float64), strict=True):
         if theirs is None or name == "temperature" or row["lambdas"] in ("all equal", "half equal") and name.startswith("lambda"):
             continue
         error, size = (ours.double() - theirs).abs().max().item(), max(theirs.abs().max().item(), one_term(row, name))
