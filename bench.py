@@ -138,8 +138,6 @@ def cuda_seconds(call):
 
 
 def bench_attention_cuda(args):
-    if not torch.cuda.is_available():
-        raise UserError("--device=cuda: torch finds no CUDA device")
     rows = []
     for T in (256 * 2**i for i in range(9) if 256 * 2**i <= args.longest):
         B = max(1, TOKENS["cuda"] // T)
@@ -617,6 +615,8 @@ def main():
     args = options.parse_args()
     if args.device == "cuda" and args.what not in ("attention", "train_step"):
         raise UserError("--device=cuda is for attention and train_step")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device=cuda: torch finds no CUDA device")
     for name, least in (("longest", 1024), ("repeats", 1), ("steps", 1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name}={getattr(args, name)} must be at least {least}")
