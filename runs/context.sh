@@ -11,7 +11,7 @@ jsonl=$(realpath "$1")
 . "$(dirname "$0")/setup.sh"
 data=data/$(corpus_name "$jsonl")
 
-[ -f $data/meta.json ] || show python data/jsonl/prepare.py "$jsonl" --out_dir=$data --vocab_size=2048 --val_fraction=0.05
+text_corpus "$jsonl" $data 2048
 [ -f $data/embeddings.npy ] || show python data/embed.py $data --dim=128
 [ -f $data/laplacian.parquet ] || show python build_laplacian.py $data/embeddings.npy --out=$data/laplacian.parquet
 show python train.py configs/study.toml --init_from=auto --data_dir=$data --out_dir=out/context/published

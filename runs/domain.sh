@@ -29,7 +29,7 @@ train() { show python train.py configs/quickstart_published.toml --init_from=aut
 
 python_docs=data/python_docs other=data/$own tuned=data/${own}_tuned
 [ -f $python_docs/meta.json ] || show python data/python_docs/prepare.py --vocab_size=2048 --val_fraction=0.05
-[ -f $other/meta.json ] || show python data/jsonl/prepare.py "$text" --vocab_size=2048 --val_fraction=0.05 --out_dir=$other
+text_corpus "$text" $other 2048
 graphs $python_docs
 graphs $other
 [ -f data/chain.parquet ] || show python build_laplacian.py --graph=chain --dim=128 --out=data/chain.parquet

@@ -14,7 +14,7 @@ text=$(realpath "$1") seeds=${2:-1 2 3} name=${NAME:-my_equal_time}
 . "$(dirname "$0")/setup.sh"
 data=data/$(corpus_name "$text")_4096
 
-[ -f $data/meta.json ] || show python data/jsonl/prepare.py "$text" --out_dir=$data --vocab_size=4096 --val_fraction=0.05
+text_corpus "$text" $data 4096
 [ -f $data/embeddings.npy ] || show python data/embed.py $data --dim=256
 [ -f $data/laplacian.parquet ] || show python build_laplacian.py $data/embeddings.npy --out=$data/laplacian.parquet
 

@@ -23,4 +23,16 @@ corpus_name() {  # of a JSONL file; those of the corpora that the scripts make t
     echo "$name"
 }
 
+text_corpus() {  # FILE.jsonl FOLDER VOCAB_SIZE: that file in BPE; a folder that holds it so already is taken as it is
+    [ -f "$2/meta.json" ] || show python data/jsonl/prepare.py "$1" --out_dir="$2" --vocab_size=$3 --val_fraction=0.05
+    python - "$@" <<'END' || exit 2
+import json, sys
+file, folder, vocab_size = sys.argv[1:]
+made = json.load(open(f"{folder}/meta.json"))
+if (made["source"], made["tokenizer"], made["val_fraction"]) != (file, "bpe", 0.05) or made["vocab_size"] > int(vocab_size):
+    sys.exit(f"{folder} is of another file or of other settings than {file} with --vocab_size={vocab_size} --val_fraction=0.05 "
+             "(its meta.json tells): move it away, or rename the file")
+END
+}
+
 last_line() { (trap '' INT TERM; tail -1); }  # of a program that ends by itself after Ctrl-C

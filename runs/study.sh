@@ -73,7 +73,7 @@ for speech in text.split("\n\n"):
     print(json.dumps({"text": speech}))' > data/shakespeare_speeches.jsonl
         [ -f $documents/meta.json ] || show python data/jsonl/prepare.py data/shakespeare_speeches.jsonl --tokenizer=char --out_dir=$documents ;;
     python_docs) [ -f $data/meta.json ] || show python data/python_docs/prepare.py --vocab_size=2048 --val_fraction=0.05 ;;
-    "$own") [ -f $data/meta.json ] || show python data/jsonl/prepare.py "$jsonl" --out_dir=$data --vocab_size=2048 --val_fraction=0.05 ;;
+    "$own") text_corpus "$jsonl" $data 2048 ;;
     *) echo "runs/study.sh: no corpus $1; there are: shakespeare_char python_docs $own" >&2; exit 2 ;;
     esac
     [ -f $documents/embeddings.npy ] || show python data/embed.py $documents --dim=128
