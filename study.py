@@ -7,6 +7,7 @@
 --rows is for runs in folders .../CORPUS/ROW/SEED, as runs/study.sh has them: a row for each ROW, columns for each CORPUS.
 --against tells how much each is better than one of them, seed by seed."""
 
+import math
 import statistics
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def table(records):
 
 
 def by_row(records):
-    """{ROW: {CORPUS: its records}}, in the order in which they came, of runs in folders .../CORPUS/ROW/SEED."""
+    """{ROW: {CORPUS: its records}} of runs in folders .../CORPUS/ROW/SEED; the rows from the best to the worst on the first corpus."""
     rows, texts, configs = {}, {}, {}
     for record in records:
         if len(parts := Path(record["run"]).parts) < 3:
@@ -56,7 +57,9 @@ def by_row(records):
             raise UserError(f"--rows: {record['run']} was trained on another text or with other settings than other runs of {corpus}/{row}: "
                             "take one of them out of these files")
         rows.setdefault(row, {}).setdefault(corpus, []).append(record)
-    return rows
+    first = next(iter(texts))
+    return dict(sorted(rows.items(), key=lambda row: statistics.mean(record["best_loss"] for record in row[1][first])
+                       if first in row[1] else math.inf))
 
 
 def corpora_of(rows):
