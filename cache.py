@@ -178,11 +178,11 @@ class StreamCache(CompiledCache):
         share = (room - ordered.cumsum(0) + ordered) / torch.arange(len(wanted), 0, -1)
         if (capped := ordered > share).any():
             wanted = wanted.clamp_max(max(1, math.floor(share[capped][0])))
-        width = (1 / (wanted * temperature)).max().item()
+        width = (1 / (wanted * temperature)).max()
         if capped.any() and width > self.width:
             print(f"stream: {self.STATE_BYTES / 1e6:g} MB hold fewer bins than the temperatures ask for: weights in a query's own "
-                  f"bin are off by {(1 + math.exp(2 * width)) / (1 + math.exp(width)) - 1:.2g} of themselves at most", file=sys.stderr)
-        self.width = max(self.width, width)
+                  f"bin are off by {width.exp() * (width / 2).tanh():.2g} of themselves at most", file=sys.stderr)
+        self.width = max(self.width, width.item())
         return torch.cat([wanted.new_zeros(1), wanted.cumsum(0)]).long()
 
     def attend(self, layer, operator):

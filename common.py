@@ -4,6 +4,7 @@ import argparse
 import errno
 import fcntl
 import json
+import math
 import os
 import subprocess
 import sys
@@ -121,16 +122,20 @@ def append_line(path, record):
 
 def read_lines(path, **fields):
     """[(line, object)] of a file of JSON objects, one a line; a last line without an end, of a writer that was killed, is
-    left out. fields: names and types that each object must have. Raises UserError for a line that is no object or lacks one."""
+    left out. fields: names and types that each object must have, numbers finite. Raises UserError for a line that is no object or
+    lacks one."""
     records = []
     for number, line in enumerate(path.read_text(errors="replace").splitlines(keepends=True), 1):
         if line.endswith("\n"):
             try:
                 records.append((line, json.loads(line)))
                 for field, kind in fields.items():
-                    if not isinstance(value := records[-1][1][field], kind):
+                    value = records[-1][1][field]
+                    if not isinstance(value, kind) or isinstance(value, bool) or isinstance(value, float) and not math.isfinite(value):
                         raise TypeError(f"{field} is {value!r}")
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
+            except KeyError as error:
+                raise UserError(f"{path}, line {number} has no {error}: mend or remove it, or leave this file out") from None
+            except (ValueError, TypeError, RecursionError) as error:
                 raise UserError(f"{path}, line {number} is damaged ({type(error).__name__}: {error}): mend or remove it") from None
     return records
 

@@ -121,9 +121,9 @@ def learn(config, task, seed, steps, batch_size, learning_rate):
 
 
 def attention_of(path):
-    """ModelConfig of a file of settings, but for the size."""
+    """The settings of a file that ModelConfig takes beside SIZE."""
     names = {f.name for f in fields(ModelConfig)} - {"dropout", "n_kv_head", *SIZE}
-    return ModelConfig(**SIZE, **{name: value for name, value in read_settings(path).items() if name in names})
+    return {name: value for name, value in read_settings(path).items() if name in names}
 
 
 def read_results(path):
@@ -131,8 +131,8 @@ def read_results(path):
     records = [record for _, record in read_lines(path, task=str, form=str, seed=int, accuracy=dict, steps=int, batch_size=int,
                                                   learning_rate=float)] if path.exists() else []
     for record in records:
-        if not all(isinstance(record["accuracy"].get(str(T)), float) for T in LENGTHS):
-            raise UserError(f"{path} is damaged: the accuracy of {record['form']}, {record['task']}, seed {record['seed']} lacks a length")
+        if not all(isinstance(share := record["accuracy"].get(str(T)), float) and 0 <= share <= 1 for T in LENGTHS):
+            raise UserError(f"{path} is damaged: the accuracy of {record['form']}, {record['task']}, seed {record['seed']} lacks a length or is no share")
     return records
 
 
@@ -198,14 +198,18 @@ def main():
         for record in read_results(args.results):
             if (other := {name: record[name] for name in training}) != training:
                 raise UserError(f"{args.results} has runs of {other}, not {training}: give another --results")
+            form = record["form"]
+            if form in forms and record.get("settings", forms[form]) != forms[form]:
+                raise UserError(f"{args.results} has runs of {form} with {record['settings']}, not {forms[form]}: give another --results")
     there = {(record["task"], record["form"], record["seed"]) for record in read_results(args.results)}
     for seed in args.seeds:
         for task in args.tasks:
-            for form, config in forms.items():
+            for form, settings in forms.items():
                 if (task, form, seed) in there:
                     continue
-                accuracy = learn(config, TASKS[task], seed, args.steps, args.batch_size, args.learning_rate)
-                append_line(args.results, {"task": task, "form": form, "seed": seed, "accuracy": accuracy} | training | {"commit": commit()})
+                accuracy = learn(ModelConfig(**SIZE, **settings), TASKS[task], seed, args.steps, args.batch_size, args.learning_rate)
+                append_line(args.results, {"task": task, "form": form, "seed": seed, "accuracy": accuracy} | training
+                            | {"settings": settings, "commit": commit()})
                 print(f"{task}, {form}, seed {seed}: " + ", ".join(f"{share:.3f} at {T}" for T, share in accuracy.items()), flush=True)
     records = read_results(args.results)
     if not records:

@@ -77,7 +77,8 @@ class ModelConfig:
             raise UserError(f"local_heads={self.local_heads} must be less than n_head={self.n_head} and a multiple of {group}, "
                             f"the heads that share keys, and local_window={self.local_window} positive")
         if self.attention == "dot" and (self.spectral_filter or self.local_heads or not self.tau_rope):
-            raise UserError("attention='dot' has no spectral_filter, no local_heads, and tau_rope=True: leave them out")
+            raise UserError("attention='dot' has no spectral_filter, no local_heads, and rotates: give spectral_filter=False, "
+                            "local_heads=0, tau_rope=True")
 
     @property
     def head_size(self):
@@ -179,6 +180,12 @@ def spectral_roots(L):
 
 
 class Attention(nn.Module):
+    """As published, without a switch:
+
+        q, k, v            = norm(rope(query(x))), norm(rope(key(x))), value(x)
+        lambda_q, lambda_k = bounded(energy(q, laplacian), tau), bounded(energy(k, laplacian), tau)
+        y                  = out(tau_attention(lambda_q, lambda_k, v, temperature))"""
+
     def __init__(self, config, layer):
         super().__init__()
         self.config, self.layer = config, layer
@@ -238,30 +245,38 @@ class Attention(nn.Module):
             return filtered_energy(x, laplacian, self.log_filter.view(len(laplacian), -1)).view(qk.shape[:-1])
         return (energy if cache is None else cache.energy)(x, laplacian).view(qk.shape[:-1])
 
-    def local(self, q, k, v, sharpness, log_decay, key_bias, cache):
-        """The local heads' (B, H, T, D), of what tau_attention takes."""
-        window, past = self.config.local_window, {"local keys": k, "local values": v, "local decay": log_decay, "local bias": key_bias}
+    def switches(self, x):
+        """What the switches add to a head's logits, of x (B, T, C): sharpness (H,), log_decay (B, H, T) and key_bias (B, Hkv, T);
+        1.0, None and None where they are off."""
+        sharpness, log_decay, key_bias = 1.0, None, None
+        if self.config.learn_temperature:
+            sharpness = self.log_sharpness.exp()
+        if self.config.forget == "gate":
+            log_decay = F.logsigmoid(self.forget(x)).transpose(1, 2)
+        if self.config.forget == "slope":
+            log_decay = -self.log_slope.exp()[:, None].expand(len(x), -1, x.size(1))
+        if self.config.key_bias:
+            key_bias = self.key_bias(x).transpose(1, 2)
+        return sharpness, log_decay, key_bias
+
+    def local(self, qk, v, sharpness, log_decay, key_bias, cache):
+        """What the local heads, the first ones, give, (B, H, T, D), and the other heads' part of each argument."""
+        n, m, window = self.config.local_heads, self.config.local_kv_heads, self.config.local_window
+        split = lambda x, count, dim: x.tensor_split([count], dim) if torch.is_tensor(x) else (x, x)
+        parts = split(qk, m, 3), split(v, m, 1), split(sharpness, n, 0), split(log_decay, n, 1), split(key_bias, m, 1)
+        (qk, v, sharpness, log_decay, key_bias), others = zip(*parts)
+        q, k = queries_keys(qk)
+        past = {"local keys": k, "local values": v, "local decay": log_decay, "local bias": key_bias}
         if cache is not None:
             past = {name: None if x is None else cache.recent(self.layer, name, x, window - 1, 2) for name, x in past.items()}
-        return window_attention(q, *past.values(), window, DOT_SCALE * sharpness)
+        return window_attention(q, *past.values(), window, DOT_SCALE * sharpness), *others
 
     def forward(self, x, rotary, laplacian, cache):
         config = self.config
         qk, v = self.projections(x, rotary, cache)
-        log_decay = key_bias = None
-        if config.forget == "gate":
-            log_decay = F.logsigmoid(self.forget(x)).transpose(1, 2)  # (B, H, T)
-        if config.forget == "slope":
-            log_decay = -self.log_slope.exp()[:, None].expand(len(x), -1, x.size(1))
-        if config.key_bias:
-            key_bias = self.key_bias(x).transpose(1, 2)  # (B, Hkv, T)
-        n, m = config.local_heads, config.local_kv_heads
-        near_sharpness, sharpness = self.log_sharpness.exp().tensor_split([n]) if config.learn_temperature else (1.0, 1.0)
-        if n:
-            cut = lambda x, count, dim=1: (None, None) if x is None else x.tensor_split([count], dim)
-            (qk_near, qk), (v_near, v) = cut(qk, m, 3), cut(v, m)
-            (near_decay, log_decay), (near_bias, key_bias) = cut(log_decay, n), cut(key_bias, m)
-            near = self.local(*queries_keys(qk_near), v_near, near_sharpness, near_decay, near_bias, cache)
+        sharpness, log_decay, key_bias = self.switches(x)
+        if config.local_heads:
+            near, qk, v, sharpness, log_decay, key_bias = self.local(qk, v, sharpness, log_decay, key_bias, cache)
         if config.attention == "tau":
             E = self.energies(qk, laplacian, cache)
             queries, keys = queries_keys(bounded(E, self.log_tau.exp()))  # (B, H, T), (B, Hkv, T)
@@ -273,7 +288,7 @@ class Attention(nn.Module):
             operator, scale = dot_attention, DOT_SCALE * sharpness
         attend = operator if cache is None else cache.attend(self.layer, operator)
         y = attend(queries, keys, v, scale, log_decay, key_bias)
-        if n:
+        if config.local_heads:
             y = torch.cat([near, y], 1)
         y = y.transpose(1, 2).flatten(2)  # (B, T, H D)
         if config.output_gate:

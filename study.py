@@ -48,7 +48,7 @@ def table(records):
 
 def by_row(records):
     """{ROW: {CORPUS: its records}} of runs in folders .../CORPUS/ROW/SEED; the rows from the best to the worst on the first corpus."""
-    rows, texts, configs = {}, {}, {}
+    rows, texts, configs, seeds = {}, {}, {}, {}
     for record in records:
         if len(parts := Path(record["run"]).parts) < 3:
             raise UserError(f"--rows: the run {record['run']!r} is not in a folder CORPUS/ROW/SEED")
@@ -57,6 +57,10 @@ def by_row(records):
             raise UserError(f"--rows: {record['run']} was trained on another text or with other settings than other runs of {corpus}/{row}: "
                             "take one of them out of these files")
         rows.setdefault(row, {}).setdefault(corpus, []).append(record)
+        if record["seed"] in seeds.setdefault((corpus, row), {}):
+            raise UserError(f"--rows: {record['run']} and {seeds[corpus, row][record['seed']]} are the same row with the same seed: take "
+                            "one of them out of these files")
+        seeds[corpus, row][record["seed"]] = record["run"]
     first = next(iter(texts))
     return dict(sorted(rows.items(), key=lambda row: statistics.mean(record["best_loss"] for record in row[1][first])
                        if first in row[1] else math.inf))

@@ -56,8 +56,8 @@ def domain_laplacian(settings):
     if not os.path.exists(settings.laplacian):
         raise UserError(f"no Laplacian at {settings.laplacian}: make it with `python data/embed.py {settings.data_dir} "
                         f"--dim={settings.n_embd}` and `python build_laplacian.py {settings.data_dir}/embeddings.npy "
-                        f"--out={settings.laplacian}`, or a chain with `python build_laplacian.py --graph=chain --dim={settings.n_embd} "
-                        f"--out={settings.laplacian}`")
+                        f"--out={settings.laplacian}`, or, for a corpus of one document, a chain with `python build_laplacian.py "
+                        f"--graph=chain --dim={settings.n_embd // settings.n_head} --out={settings.laplacian}`")
     return torch.from_numpy(load_laplacian(settings.laplacian))
 
 
@@ -84,8 +84,8 @@ def started_model(settings, given, corpus):
         path = checkpoint.find(settings.init_from)
         tensors, header = checkpoint.read(path)
     if header["tokenizer"] != corpus.tokenizer.to_json():
-        raise UserError(f"the vocabulary of {settings.data_dir} ({corpus.vocab_size} tokens) is another than that of {path} "
-                        f"({header['config'].get('vocab_size')}): prepare the text with --tokenizer={path.parent}")
+        raise UserError(f"the {corpus.vocab_size} tokens of {settings.data_dir} are not the {header['config'].get('vocab_size')} of {path}: "
+                        f"prepare the text with --tokenizer={path.parent}, or start a run from scratch in another --out_dir")
     changes = {}
     for name in sorted(given.intersection(names)):
         ours, theirs = getattr(settings, name), header["config"].get(name)

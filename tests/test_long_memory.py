@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from conftest import ROOT, fails, ok
-from long_memory import BLANK, LENGTHS, LETTERS, MARK, TASKS, attention_of
+from long_memory import BLANK, LENGTHS, LETTERS, MARK, SIZE, TASKS, attention_of
+from model import ModelConfig
 
 
 @pytest.mark.parametrize("T", [16, 17, 100, LENGTHS[-1]])
@@ -40,6 +41,8 @@ def test_lines_table_and_figure(tmp_path):
     assert "seed 2:" in ok("long_memory.py", configs[1], *options, "--seeds", "1", "2", cwd=tmp_path)
     assert (tmp_path / "r.jsonl").read_text() == whole
     assert "'steps': 3" in fails("long_memory.py", configs[1], *options, "--steps=4", cwd=tmp_path)
+    (tmp_path / "shakespeare_char_dot.toml").write_text(configs[1].read_text() + 'forget = "slope"\n')
+    assert "'forget': 'slope'" in fails("long_memory.py", "shakespeare_char_dot.toml", *options, cwd=tmp_path)
     assert "same name" in fails("long_memory.py", configs[0], configs[0], *options, cwd=tmp_path)
     (tmp_path / "r.jsonl").write_text(whole.replace('"512"', '"500"'))
     assert "lacks a length" in fails("long_memory.py", "--results=r.jsonl", cwd=tmp_path)
@@ -50,5 +53,5 @@ def test_lines_table_and_figure(tmp_path):
 
 
 def test_a_configs_attention_is_taken_whole():
-    config = attention_of(ROOT / "configs" / "shakespeare_char_best.toml")
+    config = ModelConfig(**SIZE, **attention_of(ROOT / "configs" / "shakespeare_char_best.toml"))
     assert (config.n_embd, config.n_head, config.local_heads, config.forget, config.tau_rope) == (64, 4, 2, "gate", False)
