@@ -15,7 +15,7 @@
 # 66 runs for three seeds, an hour and a half on two cores. Finished ones are left, those interrupted go on. Their lines go to
 # results/NAME.jsonl, NAME=my_domain unless it is set (NAME=domain are the README's).
 [ $# -ge 1 ] || { echo 'usage: bash runs/domain.sh FILE.jsonl ["SEEDS"]' >&2; exit 2; }
-[ -f "$1" ] || { echo "runs/domain.sh: $1 does not exist" >&2; exit 2; }
+[ -f "$1" ] || { echo "runs/domain.sh: $1 is not a file" >&2; exit 2; }
 text=$(realpath "$1") seeds=${2:-1 2 3} name=${NAME:-my_domain}
 . "$(dirname "$0")/setup.sh"
 own=$(corpus_name "$text")
@@ -28,8 +28,8 @@ graphs() {  # those of a corpus of 128 features
 train() { show python train.py configs/quickstart_published.toml --init_from=auto --results=results/$name.jsonl "$@"; }
 
 python_docs=data/python_docs other=data/$own tuned=data/${own}_tuned
-[ -f $python_docs/meta.json ] || show python data/python_docs/prepare.py --vocab_size=2048 --val_fraction=0.05
-text_corpus "$text" $other 2048
+bpe_corpus $python_docs 2048 python_docs
+bpe_corpus $other 2048 jsonl "$text"
 graphs $python_docs
 graphs $other
 [ -f data/chain.parquet ] || show python build_laplacian.py --graph=chain --dim=128 --out=data/chain.parquet

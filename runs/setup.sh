@@ -23,15 +23,23 @@ corpus_name() {  # of a JSONL file; those of the corpora that the scripts make t
     echo "$name"
 }
 
-text_corpus() {  # FILE.jsonl FOLDER VOCAB_SIZE: that file in BPE; a folder that holds it so already is taken as it is
-    [ -f "$2/meta.json" ] || show python data/jsonl/prepare.py "$1" --out_dir="$2" --vocab_size=$3 --val_fraction=0.05
-    python - "$@" <<'END' || exit 2
-import json, sys
-file, folder, vocab_size = sys.argv[1:]
-made = json.load(open(f"{folder}/meta.json"))
-if (made["source"], made["tokenizer"], made["val_fraction"]) != (file, "bpe", 0.05) or made["vocab_size"] > int(vocab_size):
-    sys.exit(f"{folder} is of another file or of other settings than {file} with --vocab_size={vocab_size} --val_fraction=0.05 "
-             "(its meta.json tells): move it away, or rename the file")
+bpe_corpus() {  # FOLDER VOCAB_SIZE NAME [FILE.jsonl]: by data/NAME/prepare.py; a folder that holds just that already is taken
+    [ -f "$1/meta.json" ] || show python data/$3/prepare.py ${4:+"$4"} --out_dir="$1" --vocab_size=$2 --val_fraction=0.05
+    python - "$0" "$@" <<'END'
+import sys
+from hashlib import sha256
+from common import UserError, run
+from data.corpus import Corpus, read_jsonl
+
+def main():
+    _, folder, vocab_size, _, *files = sys.argv
+    meta = Corpus(folder).meta
+    text = sha256(b"".join(sha256(document.encode()).digest() for document in read_jsonl(files))).hexdigest() if files else meta["sha256"]
+    if (meta["tokenizer"], meta["val_fraction"], meta["sha256"]) != ("bpe", 0.05, text) or meta["vocab_size"] > int(vocab_size):
+        raise UserError(f"{folder} is not {' '.join(files) or 'that corpus'} in BPE of {vocab_size} tokens with a val_fraction of 0.05 "
+                        "(its meta.json tells): move it away" + ", or rename the file" * len(files))
+sys.argv[:1] = []  # errors begin with the script's name
+run(main)
 END
 }
 

@@ -5,11 +5,12 @@
 #     bash runs/study.sh FILE.jsonl                        all of it
 #     bash runs/study.sh FILE.jsonl "tau + gate" dot       these rows only
 #
-# SEEDS="1 2 3" CORPORA="shakespeare_char python_docs FILE" TEXT=tinyshakespeare.txt (else loaded through `datasets`) WORKERS=2
-# (runs at a time, of one thread each) NAME=my_study: what may be set. Runs go to out/NAME/CORPUS/ROW/SEED, their lines to
-# results/NAME.jsonl. Finished ones are left, interrupted ones go on; another NAME makes them again. (NAME=study are the README's.)
+# SEEDS="1 2 3" CORPORA="shakespeare_char python_docs FILE" TEXT=tinyshakespeare.txt (else loaded through `datasets`, unless
+# data/shakespeare_char is there) WORKERS=2 (runs at a time, of one thread each) NAME=my_study: what may be set. Runs go to
+# out/NAME/CORPUS/ROW/SEED, their lines to results/NAME.jsonl. Finished ones are left, interrupted ones go on; another NAME makes
+# them again. (NAME=study are the README's.)
 [ $# -ge 1 ] || { echo 'usage: bash runs/study.sh FILE.jsonl ["ROW" ...]' >&2; exit 2; }
-for file in "$1" ${TEXT:+"$TEXT"}; do [ -f "$file" ] || { echo "runs/study.sh: $file does not exist" >&2; exit 2; }; done
+for file in "$1" ${TEXT:+"$TEXT"}; do [ -f "$file" ] || { echo "runs/study.sh: $file is not a file" >&2; exit 2; }; done
 jsonl=$(realpath "$1") text=${TEXT:+$(realpath "$TEXT")} name=${NAME:-my_study}
 shift
 . "$(dirname "$0")/setup.sh"
@@ -72,8 +73,8 @@ text, = data.corpus.Corpus("data/shakespeare_char").documents("train")
 for speech in text.split("\n\n"):
     print(json.dumps({"text": speech}))' > data/shakespeare_speeches.jsonl
         [ -f $documents/meta.json ] || show python data/jsonl/prepare.py data/shakespeare_speeches.jsonl --tokenizer=char --out_dir=$documents ;;
-    python_docs) [ -f $data/meta.json ] || show python data/python_docs/prepare.py --vocab_size=2048 --val_fraction=0.05 ;;
-    "$own") text_corpus "$jsonl" $data 2048 ;;
+    python_docs) bpe_corpus $data 2048 python_docs ;;
+    "$own") bpe_corpus $data 2048 jsonl "$jsonl" ;;
     *) echo "runs/study.sh: no corpus $1; there are: shakespeare_char python_docs $own" >&2; exit 2 ;;
     esac
     [ -f $documents/embeddings.npy ] || show python data/embed.py $documents --dim=128

@@ -45,7 +45,7 @@ def test_quickstart_and_study_in_a_fresh_copy_then_again(tmp_path):
     mine.write_text("".join(f'{{"text": "record {i} of a text of mine"}}\n' for i in range(200)))
     subprocess.run([sys.executable, "data/jsonl/prepare.py", mine, "--out_dir=data/mine", "--tokenizer=char"], cwd=copy, check=True)
     taken = subprocess.run(["bash", "runs/context.sh", "mine.jsonl"], cwd=copy, capture_output=True, text=True)
-    assert taken.returncode == 2 and "data/mine is of another file or of other settings" in taken.stderr
+    assert taken.returncode == 2 and "context.sh: error: data/mine is not " in taken.stderr
     assert len(taken.stderr.splitlines()) == 1
     done = study("dot", "tau + gate")
     assert done.returncode == 0, done.stderr
