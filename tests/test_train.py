@@ -330,8 +330,15 @@ def test_study_makes_rows_of_folders(here):
         mixed = line("a", "dot", 1, 1.0) + line("a", "dot", 2, 1.0).replace(f'"{name}": ' + {"data": '"a"', "config": '"dot"'}[name], f'"{name}": {other}')
         (here / "s.jsonl").write_text(mixed)
         assert "out/s/a/dot/2 was trained on another text" in fails("study.py", "s.jsonl", "--rows", cwd=here)
-    for good, bad in (('"best_loss": 1.0', '"best_loss": null'), ('"seconds": 1', '"seconds": "1"'), ('"parameters": 1200, ', "")):
+    for good, bad in (('"best_loss": 1.0', '"best_loss": null'), ('"best_loss": 1.0', '"best_loss": NaN'), ('"best_loss": 1.0', '"best_loss": true'),
+                      ('"seconds": 1', '"seconds": "1"')):
         (here / "s.jsonl").write_text(line("a", "dot", 1, 1.0).replace(good, bad))
         assert "s.jsonl, line 1 is damaged" in fails("study.py", "s.jsonl", "--rows", cwd=here)
+    (here / "s.jsonl").write_text(line("a", "dot", 1, 1.0).replace('"parameters": 1200, ', ""))
+    assert "s.jsonl, line 1 has no 'parameters'" in fails("study.py", "s.jsonl", "--rows", cwd=here)
+    (here / "s.jsonl").write_text(line("a", "dot", 1, 1.0) + line("a", "dot", 1, 1.0).replace("out/s", "out/t"))
+    assert "out/t/a/dot/1 and out/s/a/dot/1 are the same row" in fails("study.py", "s.jsonl", "--rows", cwd=here)
+    (here / "s.jsonl").write_text(line("a", "y", 1, 2.0) + line("a", "x", 1, 1.0) + line("b", "z", 1, 0.5))
+    assert [row[2] for row in ok("study.py", "s.jsonl", "--rows", cwd=here).splitlines()[2:]] == ["x", "y", "z"]
     (here / "s.jsonl").write_text(line("a", "b", 1, 1.0).replace("out/s/a/b/1", "out"))
     assert "CORPUS/ROW/SEED" in fails("study.py", "s.jsonl", "--rows", cwd=here)
