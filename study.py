@@ -47,8 +47,9 @@ def table(records):
 
 
 def by_row(records):
-    """{ROW: {CORPUS: its records}} of runs in folders .../CORPUS/ROW/SEED; the rows from the best to the worst on the first corpus."""
-    rows, texts, configs, seeds = {}, {}, {}, {}
+    """{ROW: {CORPUS: {SEED: its record}}} of runs in folders .../CORPUS/ROW/SEED; the rows from the best to the worst on the first
+    corpus, and each with every corpus."""
+    rows, texts, configs = {}, {}, {}
     for record in records:
         if len(parts := Path(record["run"]).parts) < 3:
             raise UserError(f"--rows: the run {record['run']!r} is not in a folder CORPUS/ROW/SEED")
@@ -56,18 +57,25 @@ def by_row(records):
         if texts.setdefault(corpus, record["data"]) != record["data"] or configs.setdefault((corpus, row), record["config"]) != record["config"]:
             raise UserError(f"--rows: {record['run']} was trained on another text or with other settings than other runs of {corpus}/{row}: "
                             "take one of them out of these files")
-        rows.setdefault(row, {}).setdefault(corpus, []).append(record)
-        if record["seed"] in seeds.setdefault((corpus, row), {}):
-            raise UserError(f"--rows: {record['run']} and {seeds[corpus, row][record['seed']]} are the same row with the same seed: take "
-                            "one of them out of these files")
-        seeds[corpus, row][record["seed"]] = record["run"]
+        other = rows.setdefault(row, {}).setdefault(corpus, {}).setdefault(record["seed"], record)
+        if other is not record:
+            raise UserError(f"--rows: {record['run']} and {other['run']} are the same row with the same seed: take one of them out of these files")
     first = next(iter(texts))
-    return dict(sorted(rows.items(), key=lambda row: statistics.mean(record["best_loss"] for record in row[1][first])
-                       if first in row[1] else math.inf))
+    return {name: {corpus: row.get(corpus, {}) for corpus in texts}
+            for name, row in sorted(rows.items(), key=lambda item: mean_loss(item[1].get(first, {})))}
+
+
+def losses_of(runs):
+    """The best validation losses of {SEED: record}."""
+    return [record["best_loss"] for record in runs.values()]
+
+
+def mean_loss(runs):
+    return statistics.mean(losses_of(runs) or [math.inf])
 
 
 def corpora_of(rows):
-    return list(dict.fromkeys(corpus for row in rows.values() for corpus in row))
+    return list(next(iter(rows.values())))
 
 
 def row_table(rows):
@@ -78,11 +86,11 @@ def row_table(rows):
     for name, row in rows.items():
         cells = []
         for corpus in corpora:
-            losses = [record["best_loss"] for record in row.get(corpus, ())]
-            cells += [f"{statistics.mean(losses):.4f} ({max(losses) - min(losses):.4f})",
-                      f"{statistics.mean(record['bits_per_byte'] for record in row[corpus]):.4f}",
-                      f"{row[corpus][0]['parameters']:,}"] if losses else ["-"] * 3
-        lines.append(f"| {name} | " + " | ".join(cells) + " | " + ", ".join(str(len(row.get(corpus, ()))) for corpus in corpora) + " |")
+            losses, runs = losses_of(row[corpus]), list(row[corpus].values())
+            cells += [f"{mean_loss(row[corpus]):.4f} ({max(losses) - min(losses):.4f})",
+                      f"{statistics.mean(record['bits_per_byte'] for record in runs):.4f}",
+                      f"{runs[0]['parameters']:,}"] if runs else ["-"] * 3
+        lines.append(f"| {name} | " + " | ".join(cells) + " | " + ", ".join(str(len(runs)) for runs in row.values()) + " |")
     return "\n".join(lines)
 
 
@@ -90,14 +98,14 @@ def gain_table(rows, against):
     """Markdown: the validation loss of the row `against` less that of each row, with the same seed: mean, least and greatest."""
     if against not in rows:
         raise UserError(f"--against={against}: no such row; there are: {'; '.join(rows)}")
-    corpora, of_seed = corpora_of(rows), lambda records: {record["seed"]: record["best_loss"] for record in records}
+    corpora = corpora_of(rows)
     lines = [f"| better than {against} by | " + " | ".join(f"{corpus} | seeds" for corpus in corpora) + " |",
              "| " + "--- | " * (2 * len(corpora) + 1)]
     for name, row in rows.items():
         cells = []
         for corpus in corpora:
-            base = of_seed(rows[against].get(corpus, ()))
-            gains = [base[seed] - loss for seed, loss in of_seed(row.get(corpus, ())).items() if seed in base]
+            base = rows[against][corpus]
+            gains = [base[seed]["best_loss"] - record["best_loss"] for seed, record in row[corpus].items() if seed in base]
             cells += [f"{statistics.mean(gains):z.3f} ({min(gains):z.3f} to {max(gains):z.3f})" if gains else "-", str(len(gains))]
         if name != against:
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -114,11 +122,11 @@ def draw_rows(rows, path):
                                 layout="constrained")
     for axis, corpus in zip(axes[0], corpora):
         for height, (name, row) in enumerate(rows.items()):
-            losses = [record["best_loss"] for record in row.get(corpus, ())]
+            losses = losses_of(row[corpus])
             color = "C0" if name.startswith("dot") else "C1"
             axis.plot(losses, [height] * len(losses), "o", color=color, markersize=4, alpha=0.6)
             if losses:
-                axis.plot(statistics.mean(losses), height, "|", color=color, markersize=14)
+                axis.plot(mean_loss(row[corpus]), height, "|", color=color, markersize=14)
         axis.set(title=corpus, xlabel="validation loss, nats a token", yticks=range(len(rows)), yticklabels=rows)
         axis.grid(axis="y", alpha=0.3)
     axes[0, 0].invert_yaxis()
