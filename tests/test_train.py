@@ -191,7 +191,7 @@ def test_bad_configs(tmp_path, monkeypatch, text, expected):
     (["small.toml", "--laplacian=truncated.parquet"], "truncated.parquet"),
     (["small.toml", "--block_size=999999"], "block_size = 999999"), (["small.toml", "--init_from=resume"], "nothing to resume"),
     (["small.toml", "--init_from=nowhere"], "nowhere"), (["small.toml", "--init_from={work}/out/small", "--n_layer=3"], "n_layer = 3"),
-    (["small.toml", "--init_from={work}/out/small", "--data_dir=other"], "vocabulary of other (290 tokens)"),
+    (["small.toml", "--init_from={work}/out/small", "--data_dir=other"], "the 290 tokens of other"),
     (["small.toml", "--init_from=cut"], "cut/step_00000020.safetensors is damaged"), (["small.toml", "--out_dir=cut"], "holds a run already"),
     (["small.toml", "--eval_only=True"], "eval_only"), (["small.toml", "--out_dir=small.toml"], "small.toml"),
     (["small.toml", "--init_from=folder"], "folder/best.safetensors is damaged"),
