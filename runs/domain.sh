@@ -18,6 +18,7 @@
 [ -f "$1" ] || { echo "runs/domain.sh: $1 is not a file" >&2; exit 2; }
 text=$(realpath "$1") seeds=${2:-1 2 3} name=${NAME:-my_domain}
 . "$(dirname "$0")/setup.sh"
+numbers SEEDS "$seeds"
 own=$(corpus_name "$text")
 
 graphs() {  # those of a corpus of 128 features

@@ -10,9 +10,10 @@
 # README's are in results/equal_time/).
 [ $# -ge 1 ] || { echo 'usage: bash runs/equal_time.sh FILE.jsonl ["SEEDS"]' >&2; exit 2; }
 [ -f "$1" ] || { echo "runs/equal_time.sh: $1 is not a file" >&2; exit 2; }
-[[ ${SECONDS_EACH:=1200} =~ ^[0-9]+$ ]] || { echo "runs/equal_time.sh: SECONDS_EACH=$SECONDS_EACH is no number of seconds" >&2; exit 2; }
 text=$(realpath "$1") seeds=${2:-1 2 3}
 . "$(dirname "$0")/setup.sh"
+numbers SECONDS_EACH "${SECONDS_EACH:=1200}"
+numbers SEEDS "$seeds"
 own=$(corpus_name "$text")
 data=data/${own}_4096 name=${NAME:-my_equal_time_$own}
 

@@ -15,6 +15,10 @@ show() {  # a command, and then what it does
     "$@"
 }
 
+numbers() {  # NAME "1 2 3": of what may be set
+    [[ $2 =~ ^[0-9]+(\ +[0-9]+)*$ ]] || { echo "$0: $1=\"$2\" must be whole numbers" >&2; exit 2; }
+}
+
 corpus_name() {  # of a JSONL file; those of the corpora that the scripts make themselves are taken
     local name=$(basename "${1// /_}" .jsonl)
     case $name in python_docs | shakespeare_char | shakespeare_speeches)

@@ -14,6 +14,8 @@ for file in "$1" ${TEXT:+"$TEXT"}; do [ -f "$file" ] || { echo "runs/study.sh: $
 jsonl=$(realpath "$1") text=${TEXT:+$(realpath "$TEXT")} name=${NAME:-my_study}
 shift
 . "$(dirname "$0")/setup.sh"
+numbers SEEDS "${SEEDS:=1 2 3}"
+numbers WORKERS "${WORKERS:=2}"
 own=$(corpus_name "$jsonl")
 corpora=${CORPORA:-shakespeare_char python_docs $own}
 
@@ -99,7 +101,7 @@ one() {  # CORPUS SEED "ROW|SETTINGS": a run, unless its line is there
 for corpus in $corpora; do prepare $corpus; done
 export name
 export -f one last_line
-for seed in ${SEEDS:-1 2 3}; do for corpus in $corpora; do
+for seed in $SEEDS; do for corpus in $corpora; do
     while read -r row; do printf '%s\0%s\0%s\0' $corpus $seed "$row"; done <<< "$rows"
-done; done | xargs -0 -n 3 -P ${WORKERS:-2} bash -o pipefail -c 'one "$@"' one || { echo "runs/study.sh: runs failed, see above" >&2; exit 1; }
+done; done | xargs -0 -n 3 -P $WORKERS bash -o pipefail -c 'one "$@"' one || { echo "runs/study.sh: runs failed, see above" >&2; exit 1; }
 show python study.py "results/$name.jsonl" --rows --figure="results/$name.png" --overwrite

@@ -58,5 +58,8 @@ def test_quickstart_and_study_in_a_fresh_copy_then_again(tmp_path):
     assert study("dot", "tau + gate").stdout.count("best validation loss") == 1
     again = [json.loads(line) for line in results.read_text().splitlines()]
     assert [(run["run"], run["best_loss"]) for run in again] == [(run["run"], run["best_loss"]) for run in runs]
-    failed = study("dot", SEEDS="x")
-    assert failed.returncode == 1 and "out/my_study/python_docs/dot/x: failed" in failed.stderr and "--seed=x" in failed.stdout
+    taken = study("dot", SEEDS="1 x")
+    assert taken.returncode == 2 and taken.stderr == 'runs/study.sh: SEEDS="1 x" must be whole numbers\n'
+    config.write_text(config.read_text().replace("max_steps = 4", "max_steps = -4"))
+    failed = study("dot", SEEDS="2")
+    assert failed.returncode == 1 and "out/my_study/python_docs/dot/2: failed" in failed.stderr and "max_steps" in failed.stdout
