@@ -25,7 +25,7 @@ from tqdm import tqdm
 import taumode
 from build_laplacian import laplacian_of
 from common import Parser, UserError, append_line, check_place, commit, read_lines, replacing, run
-from config import Settings, read_settings
+from config import Settings, changed_settings, read_settings
 from model import ModelConfig, Tauformer
 
 LETTERS = 32  # tokens 0 .. 31
@@ -121,9 +121,9 @@ def learn(config, task, seed, steps, batch_size, learning_rate):
 
 
 def attention_of(path):
-    """The settings of a file that ModelConfig takes beside SIZE."""
+    """ModelConfig of a file of settings, but for the size."""
     names = {f.name for f in fields(ModelConfig)} - {"dropout", "n_kv_head", *SIZE}
-    return {name: value for name, value in read_settings(path).items() if name in names}
+    return ModelConfig(**SIZE, **{name: value for name, value in read_settings(path).items() if name in names})
 
 
 def read_results(path):
@@ -198,18 +198,18 @@ def main():
         for record in read_results(args.results):
             if (other := {name: record[name] for name in training}) != training:
                 raise UserError(f"{args.results} has runs of {other}, not {training}: give another --results")
-            form = record["form"]
-            if form in forms and record.get("settings", forms[form]) != forms[form]:
-                raise UserError(f"{args.results} has runs of {form} with {record['settings']}, not {forms[form]}: give another --results")
+            if record["form"] in forms and "settings" in record:
+                if (other := record["settings"]) != (ours := changed_settings(forms[record["form"]])):
+                    raise UserError(f"{args.results} has runs of {record['form']} with {other}, not {ours}: give another --results")
     there = {(record["task"], record["form"], record["seed"]) for record in read_results(args.results)}
     for seed in args.seeds:
         for task in args.tasks:
-            for form, settings in forms.items():
+            for form, config in forms.items():
                 if (task, form, seed) in there:
                     continue
-                accuracy = learn(ModelConfig(**SIZE, **settings), TASKS[task], seed, args.steps, args.batch_size, args.learning_rate)
+                accuracy = learn(config, TASKS[task], seed, args.steps, args.batch_size, args.learning_rate)
                 append_line(args.results, {"task": task, "form": form, "seed": seed, "accuracy": accuracy} | training
-                            | {"settings": settings, "commit": commit()})
+                            | {"settings": changed_settings(config), "commit": commit()})
                 print(f"{task}, {form}, seed {seed}: " + ", ".join(f"{share:.3f} at {T}" for T, share in accuracy.items()), flush=True)
     records = read_results(args.results)
     if not records:

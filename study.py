@@ -61,8 +61,8 @@ def by_row(records):
         if other is not record:
             raise UserError(f"--rows: {record['run']} and {other['run']} are the same row with the same seed: take one of them out of these files")
     first = next(iter(texts))
-    return {name: {corpus: row.get(corpus, {}) for corpus in texts}
-            for name, row in sorted(rows.items(), key=lambda item: mean_loss(item[1].get(first, {})))}
+    rows = {name: {corpus: row.get(corpus, {}) for corpus in texts} for name, row in rows.items()}
+    return dict(sorted(rows.items(), key=lambda item: mean_loss(item[1][first])))
 
 
 def losses_of(runs):

@@ -66,19 +66,24 @@ def prepare_records(records, source, args):
         prepare(lambda: read_jsonl([file]), source, args)
 
 
-def _prepare(texts, source, args, one_document):
-    sha256, documents, highest_val = hashlib.sha256(), 0, int(args.val_fraction * 2**64)
-    lowest = 2**64
-    for text in tqdm(texts(), desc="reading", unit=" documents", disable=None):
+def survey(texts):
+    """(sha256 of a corpus, as meta.json has it, number of its documents, the lowest of their hashes) of an iterator over them."""
+    sha256, documents, lowest = hashlib.sha256(), 0, 2**64
+    for text in tqdm(texts, desc="reading", unit=" documents", disable=None):
         digest = hashlib.sha256(text.encode())
         sha256.update(digest.digest())
         documents += 1
         lowest = min(lowest, _number(digest))
+    return sha256.hexdigest(), documents, lowest
+
+
+def _prepare(texts, source, args, one_document):
+    sha256, documents, lowest = survey(texts())
     if documents == 0:
         raise UserError(f"{source}: no documents: the corpus is empty")
     if documents == 1 and not one_document:
         raise UserError(f"{source}: one document only: two at least are needed, one of them for validation")
-    highest_val = max(highest_val, lowest + 1)
+    highest_val = max(int(args.val_fraction * 2**64), lowest + 1)
 
     def pieces():
         for text in texts():
@@ -124,7 +129,7 @@ def _prepare(texts, source, args, one_document):
                                             tokenizer.vocab_size)
         paths["tokenizer.json"].write_text(json.dumps(tokenizer.to_json()))
         paths["meta.json"].write_text(json.dumps({
-            "source": str(source), "sha256": sha256.hexdigest(), "tokenizer": tokenizer.kind,
+            "source": str(source), "sha256": sha256, "tokenizer": tokenizer.kind,
             "vocab_size": tokenizer.vocab_size, "dtype": dtype.name, "val_fraction": args.val_fraction, **counts,
             "unigram_loss": baselines[0], "bigram_loss": baselines[1]}, indent=1) + "\n")
 

@@ -28,18 +28,20 @@ corpus_name() {  # of a JSONL file; those of the corpora that the scripts make t
 }
 
 bpe_corpus() {  # FOLDER VOCAB_SIZE NAME [FILE.jsonl]: by data/NAME/prepare.py; a folder that holds just that already is taken
-    [ -f "$1/meta.json" ] || show python data/$3/prepare.py ${4:+"$4"} --out_dir="$1" --vocab_size=$2 --val_fraction=0.05
+    if [ ! -f "$1/meta.json" ]; then
+        show python data/$3/prepare.py ${4:+"$4"} --out_dir="$1" --vocab_size=$2 --val_fraction=0.05
+        return
+    fi
     python - "$0" "$@" <<'END'
 import sys
-from hashlib import sha256
 from common import UserError, run
-from data.corpus import Corpus, read_jsonl
+from data.corpus import Corpus, read_jsonl, survey
 
 def main():
     _, folder, vocab_size, _, *files = sys.argv
     meta = Corpus(folder).meta
-    text = sha256(b"".join(sha256(document.encode()).digest() for document in read_jsonl(files))).hexdigest() if files else meta["sha256"]
-    if (meta["tokenizer"], meta["val_fraction"], meta["sha256"]) != ("bpe", 0.05, text) or meta["vocab_size"] > int(vocab_size):
+    if (meta.get("tokenizer"), meta.get("val_fraction")) != ("bpe", 0.05) or meta["vocab_size"] > int(vocab_size) \
+            or files and survey(read_jsonl(files))[0] != meta.get("sha256"):
         raise UserError(f"{folder} is not {' '.join(files) or 'that corpus'} in BPE of {vocab_size} tokens with a val_fraction of 0.05 "
                         "(its meta.json tells): move it away" + ", or rename the file" * len(files))
 sys.argv[:1] = []  # errors begin with the script's name

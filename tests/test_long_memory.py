@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from conftest import ROOT, fails, ok
-from long_memory import BLANK, LENGTHS, LETTERS, MARK, SIZE, TASKS, attention_of
-from model import ModelConfig
+from long_memory import BLANK, LENGTHS, LETTERS, MARK, TASKS, attention_of
 
 
 @pytest.mark.parametrize("T", [16, 17, 100, LENGTHS[-1]])
@@ -48,10 +47,13 @@ def test_lines_table_and_figure(tmp_path):
     assert "lacks a length" in fails("long_memory.py", "--results=r.jsonl", cwd=tmp_path)
     (tmp_path / "bad.toml").write_text("n_head = [")
     assert "bad.toml" in fails("long_memory.py", "bad.toml", cwd=tmp_path)
+    (tmp_path / "bad.toml").write_text("n_head = 5")
+    assert "n_head=5" in fails("long_memory.py", configs[0], "bad.toml", "--results=none.jsonl", cwd=tmp_path)
+    assert not (tmp_path / "none.jsonl").exists()
     assert "no results" in fails("long_memory.py", cwd=tmp_path)
     assert "absent" in fails("long_memory.py", configs[0], "--results=absent/r.jsonl", cwd=tmp_path)
 
 
 def test_a_configs_attention_is_taken_whole():
-    config = ModelConfig(**SIZE, **attention_of(ROOT / "configs" / "shakespeare_char_best.toml"))
+    config = attention_of(ROOT / "configs" / "shakespeare_char_best.toml")
     assert (config.n_embd, config.n_head, config.local_heads, config.forget, config.tau_rope) == (64, 4, 2, "gate", False)
