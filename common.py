@@ -154,9 +154,12 @@ def choose_device(name, local_rank=0):
 
 
 def commit():
-    """Of the code that runs; None outside a git checkout."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"], capture_output=True,
-                          text=True, cwd=Path(__file__).parent)
+    """Of the code that runs; None outside a git checkout, and without git."""
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"], capture_output=True,
+                              text=True, cwd=Path(__file__).parent)
+    except OSError:
+        return None
     return done.stdout.strip() or None
 
 

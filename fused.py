@@ -6,6 +6,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from attention import gpu_kernels
+
 ENERGY_EPS = NORM_EPS = 1e-6
 LOSS_CHUNK = 128  # tokens whose logits are in memory at once, or a 32nd of the batch if that is more
 
@@ -81,33 +83,10 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, softcap, needs_grad):
         """x (N, C), weight (V, C), targets (N,) int64 -> scalar float32."""
-        loss = x.new_zeros((), dtype=torch.float32)
-        grad_x, grad_weight = (torch.zeros_like(x), torch.zeros_like(weight)) if needs_grad else (None, None)
-        chunk = min(len(x), max(LOSS_CHUNK, math.ceil(len(x) / 32)))
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        W = weight.to(dtype)
-        logits = x.new_empty(chunk, len(W), dtype=dtype)
-        softmax, sigmoid = (torch.empty_like(logits, dtype=torch.float32) for _ in range(2))
-        for start in range(0, len(x), chunk):
-            x_c, target = x[start:start + chunk].to(dtype), targets[start:start + chunk, None]
-            n = len(x_c)
-            z = torch.mm(x_c, W.T, out=logits[:n]).float()
-            if softcap:  # softcap tanh(z / softcap) = 2 softcap sigmoid(2 z / softcap) - softcap, and faster
-                s = torch.mul(z, 2 / softcap, out=sigmoid[:n]).sigmoid_()
-                torch.mul(s, 2 * softcap, out=z)
-            p = torch.softmax(z, -1, out=softmax[:n])
-            log_denominator = z.amax(-1) - p.amax(-1).log()
-            loss += (log_denominator - z.gather(1, target)[:, 0]).sum()
-            if needs_grad:  # of the logits: softmax, less 1 at the target, and a quarter of the softcap's derivative
-                p.scatter_add_(1, target, p.new_full((n, 1), -1))
-                if softcap:
-                    p.mul_(s.addcmul_(s, s, value=-1))
-                grad_z = p.to(dtype)
-                grad_x[start:start + chunk] = grad_z @ W
-                if dtype is grad_weight.dtype:
-                    grad_weight.addmm_(grad_z.T, x_c)
-                else:
-                    grad_weight += grad_z.T @ x_c
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        summed = summed_loss_on_cuda if x.is_cuda else summed_loss
+        loss, grad_x, grad_weight = summed(x, weight, targets, softcap, needs_grad, dtype)
         ctx.grads = grad_x, grad_weight, (4 if softcap else 1) / len(x)
         return loss / len(x)
 
@@ -115,3 +94,53 @@ class ChunkedLoss(torch.autograd.Function):
     def backward(ctx, grad_loss):
         grad_x, grad_weight, scale = ctx.grads
         return grad_x.mul_(grad_loss * scale), grad_weight.mul_(grad_loss * scale), None, None, None
+
+
+def summed_loss(x, weight, targets, softcap, needs_grad, dtype):
+    """(sum over the rows of x, its gradients), those only if needed, and with a softcap a quarter of them. dtype: of the
+    matrix products."""
+    loss = x.new_zeros((), dtype=torch.float32)
+    grad_x, grad_weight = (torch.zeros_like(x), torch.zeros_like(weight)) if needs_grad else (None, None)
+    chunk = min(len(x), max(LOSS_CHUNK, math.ceil(len(x) / 32)))
+    W = weight.to(dtype)
+    logits = x.new_empty(chunk, len(W), dtype=dtype)
+    softmax, sigmoid = (torch.empty_like(logits, dtype=torch.float32) for _ in range(2))
+    for start in range(0, len(x), chunk):
+        x_c, target = x[start:start + chunk].to(dtype), targets[start:start + chunk, None]
+        n = len(x_c)
+        z = torch.mm(x_c, W.T, out=logits[:n]).float()
+        if softcap:  # softcap tanh(z / softcap) = 2 softcap sigmoid(2 z / softcap) - softcap, and faster
+            s = torch.mul(z, 2 / softcap, out=sigmoid[:n]).sigmoid_()
+            torch.mul(s, 2 * softcap, out=z)
+        p = torch.softmax(z, -1, out=softmax[:n])
+        log_denominator = z.amax(-1) - p.amax(-1).log()
+        loss += (log_denominator - z.gather(1, target)[:, 0]).sum()
+        if needs_grad:  # of the logits: softmax, less 1 at the target, and a quarter of the softcap's derivative
+            p.scatter_add_(1, target, p.new_full((n, 1), -1))
+            if softcap:
+                p.mul_(s.addcmul_(s, s, value=-1))
+            grad_z = p.to(dtype)
+            grad_x[start:start + chunk] = grad_z @ W
+            if dtype is grad_weight.dtype:
+                grad_weight.addmm_(grad_z.T, x_c)
+            else:
+                grad_weight += grad_z.T @ x_c
+    return loss, grad_x, grad_weight
+
+
+@torch.library.custom_op("tauformer::summed_loss", mutates_args=())
+def summed_loss_on_cuda(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, softcap: float, needs_grad: bool,
+                        dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """summed_loss(), by a kernel where triton is to be had; gradients that are not needed are empty."""
+    if gpu_kernels():
+        from fused_triton import summed_loss as by_kernel
+        with torch.cuda.device_of(x):
+            return by_kernel(x, weight, targets, softcap, needs_grad, dtype)
+    loss, *grads = summed_loss(x, weight, targets, softcap, needs_grad, dtype)
+    return loss, *(grads if needs_grad else (x.new_empty(0), x.new_empty(0)))
+
+
+@summed_loss_on_cuda.register_fake
+def _(x, weight, targets, softcap, needs_grad, dtype):
+    grads = (torch.empty_like(x), torch.empty_like(weight)) if needs_grad else (x.new_empty(0), x.new_empty(0))
+    return x.new_empty((), dtype=torch.float32), *grads
