@@ -27,7 +27,7 @@ train() {  # MODEL STEPS [--key=value ...]
     printf '\n%s: %d s left\n' "$model" "$(left)"
     timeout -s TERM -k 30 $(($(left) - 15)) "$python" train.py "configs/$model.toml" --init_from=auto --out_dir="$out" --data_dir="$data" \
         --batch_size=128 --grad_accum_steps=1 --checkpoint_interval=1000 --keep_last=1 --diag_interval=250 \
-        --results="$results/runs.jsonl" --max_steps="$2" "${@:3}" || status=$?
+        --results="$results/gpu_30m.jsonl" --max_steps="$2" "${@:3}" || status=$?
     mkdir -p "$results/$model"
     for file in metrics diagnostics; do
         [ ! -f "$out/$file.jsonl" ] || cp "$out/$file.jsonl" "$results/$model/"
@@ -53,7 +53,7 @@ for part in $parts; do
     esac
 done
 
-"$python" - "$results" $models <<'END_OF_TABLE' | tee "$results/table.txt"
+"$python" - "$results" $models <<'END_OF_TABLE' | tee "$results/gpu_30m.txt"
 import json, statistics, sys
 from pathlib import Path
 
