@@ -69,6 +69,9 @@ class Settings:
     # a step
     train_fraction: float = setting(1.0, "part of train.bin, from its start, that is trained on",
                                     (lambda value: 0 < value <= 1, "above 0 and at most 1"))
+    sampling: str = setting("random", "random: windows of the context's length begin anywhere, drawn anew for each batch; passes: they "
+                            "stand side by side, and none is seen twice before all have been, each pass in another order",
+                            one_of("random", "passes"))
     max_steps: int = setting(5000, "optimiser steps of the whole run", NOT_NEGATIVE)
     batch_size: int = setting(16, "sequences in memory at once, on each device", POSITIVE)
     grad_accum_steps: int = setting(8, "such batches a step, all devices together", POSITIVE)

@@ -8,6 +8,7 @@ config's. SIGTERM and SIGINT (Ctrl-C) finish the step, save and end, another one
 saves."""
 
 import fcntl
+import functools
 import json
 import math
 import os
@@ -148,8 +149,20 @@ def learning_rate(settings, step, scale):
 def training_batch(corpus, settings, T, step, micro):
     """int64 (batch_size, T + 1), a function of (seed, step, micro) alone: the same for any number of processes, and
     after any resume."""
-    starts = np.random.default_rng([settings.seed, step, micro]).integers(0, len(corpus.train) - T, settings.batch_size)
+    if settings.sampling == "passes":
+        windows = (len(corpus.train) - 1) // T
+        first = (step * settings.grad_accum_steps + micro) * settings.batch_size
+        starts = [T * window_order(settings.seed, number // windows, windows)[number % windows]
+                  for number in range(first, first + settings.batch_size)]
+    else:
+        starts = np.random.default_rng([settings.seed, step, micro]).integers(0, len(corpus.train) - T, settings.batch_size)
     return corpus.batch(starts, T, "train")
+
+
+@functools.lru_cache(maxsize=2)
+def window_order(seed, number, windows):
+    """The order of the windows in the pass of this number, (windows,)."""
+    return np.random.default_rng([seed, number]).permutation(windows)
 
 
 def validation_starts(corpus, settings, T):

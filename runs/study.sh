@@ -6,7 +6,8 @@
 #     bash runs/study.sh FILE.jsonl "tau + gate" dot       these rows only
 #
 # SEEDS="1 2 3" CORPORA="shakespeare_char python_docs FILE" TEXT=tinyshakespeare.txt (else loaded through `datasets`, unless
-# data/shakespeare_char is there) WORKERS=2 (runs at a time, of one thread each) NAME=my_study: what may be set. Runs go to
+# data/shakespeare_char is there) WORKERS=2 (runs at a time, of one thread each) OPTIONS="--max_steps=900 ..." (to every run; give
+# another NAME with them) NAME=my_study: what may be set. Runs go to
 # out/NAME/CORPUS/ROW/SEED, their lines to results/NAME.jsonl. Finished ones are left, interrupted ones go on; another NAME makes
 # them again. (NAME=study are the README's.)
 [ $# -ge 1 ] || { echo 'usage: bash runs/study.sh FILE.jsonl ["ROW" ...]' >&2; exit 2; }
@@ -94,12 +95,12 @@ one() {  # CORPUS SEED "ROW|SETTINGS": a run, unless its line is there
     [ $1 = shakespeare_char ] && config=configs/shakespeare_char_tau.toml
     grep -qs "\"run\": \"$out\".*}}\$" "results/$name.jsonl" && return
     OMP_NUM_THREADS=1 python train.py $config --init_from=auto --data_dir=data/$1 --laplacian=data/$1/domain.parquet \
-        --eval_interval=300 --diag_interval=0 --seed=$2 --results="results/$name.jsonl" --out_dir="$out" ${settings//DATA/data/$1} 2>&1 |
+        --eval_interval=300 --diag_interval=0 --seed=$2 --results="results/$name.jsonl" --out_dir="$out" ${settings//DATA/data/$1} ${OPTIONS:-} 2>&1 |
         last_line || { echo "$out: failed" >&2; return 1; }
 }
 
 for corpus in $corpora; do prepare $corpus; done
-export name
+export name OPTIONS
 export -f one last_line
 for seed in $SEEDS; do for corpus in $corpora; do
     while read -r row; do printf '%s\0%s\0%s\0' $corpus $seed "$row"; done <<< "$rows"
