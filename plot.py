@@ -24,7 +24,7 @@ from model import head_laplacians
 def read_metrics(folder):
     """{"train": records, "val": records} of a run's metrics.jsonl."""
     path = folder / "metrics.jsonl"
-    records = [record for _, record in read_lines(path, split=str, tokens=int, elapsed_s=NUMBER, loss=(*NUMBER, type(None)))]
+    records = [record for _, record in read_lines(path, split=str, tokens=int, loss=(*NUMBER, type(None)))]
     metrics = {split: [record for record in records if record["split"] == split] for split in ("train", "val")}
     if not metrics["val"]:
         raise UserError(f"{path} has no validation loss yet")
@@ -34,7 +34,7 @@ def read_metrics(folder):
 def draw_losses(axis, runs, key, label):
     for number, (name, metrics) in enumerate(runs.items()):
         for split, style in (("train", dict(alpha=0.35, linewidth=1)), ("val", dict(marker="."))):
-            points = [(record[key], record["loss"]) for record in metrics[split]]
+            points = [(record[key], record["loss"]) for record in metrics[split] if key in record]  # a published run has no seconds
             if points:
                 axis.plot(*zip(*points), color=f"C{number}", label=f"{name}, {split}", **style)
     axis.set(xlabel=label, ylabel="loss, nats a token", title=f"loss against {label}")

@@ -1,11 +1,17 @@
 """A prepared corpus is a folder: train.bin and val.bin hold token numbers (uint16, or uint32 past 65,536 tokens),
 tokenizer.json turns them back into text, and meta.json says what they are. prepare() writes it, Corpus reads it."""
 
+import builtins
+import bz2
+import gzip
 import hashlib
+import io
 import json
+import lzma
 import math
 import os
-from contextlib import ExitStack
+import zlib
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +21,8 @@ from common import Parser, UserError, output_folder, refuse_existing, replacing
 from data import tokenizer as tokenizers
 
 FILES = ("meta.json", "tokenizer.json", "train.bin", "val.bin")
+COMPRESSED = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ\0": lzma}
+ZSTD = b"\x28\xb5\x2f\xfd"
 BATCH_BYTES = 1 << 22  # text tokenised at a time
 COUNT_TOKENS = 1 << 24  # tokens counted at a time
 BASELINE_TOKENS = 10_000_000  # validation tokens on which the baselines are measured, at most
@@ -246,13 +254,34 @@ def record_text(record):
     return text.encode("utf-8", "replace").decode().strip()
 
 
+@contextmanager
+def opened(path):
+    """A file of bytes to read; of one that is compressed (gzip, bzip2, xz, zstd), by its first bytes, what it holds. Raises
+    UserError for what cannot be read more than once, and inside the block where the compressed data is damaged."""
+    if not Path(path).is_file():
+        raise UserError(f"{path} is not a file" if Path(path).exists() else f"{path} does not exist")
+    with open(path, "rb") as file:
+        start = file.read(6)
+    if start.startswith(ZSTD):
+        import pyarrow
+        file = io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    else:
+        module = next((module for magic, module in COMPRESSED.items() if start.startswith(magic)), builtins)
+        file = module.open(path, "rb")
+    try:
+        with file:
+            yield file
+    except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # the system's
+            raise
+        raise UserError(f"{path} is damaged: {error}") from None
+
+
 def read_jsonl(paths):
-    """The documents of JSONL files, empty ones left out. Raises UserError with file and line of a broken record, and
-    for what cannot be read more than once."""
+    """The documents of JSONL files, compressed or not, empty ones left out. Raises UserError with file and line of a broken
+    record, and for what opened() cannot read."""
     for path in paths:
-        if not Path(path).is_file():
-            raise UserError(f"{path} is not a file" if Path(path).exists() else f"{path} does not exist")
-        with open(path, "rb") as file:
+        with opened(path) as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue

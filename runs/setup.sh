@@ -15,6 +15,43 @@ show() {  # a command, and then what it does
     "$@"
 }
 
+timed() {  # a command, and then how long it took
+    local begin=$SECONDS
+    "$@"
+    echo "($((SECONDS - begin)) s)"
+}
+
+made() {  # OUTPUT INPUT ... -- COMMAND ...: runs the command, unless it has made OUTPUT already, of the same inputs
+    local output=$1 stamp again= inputs=()
+    shift
+    while [ "$1" != -- ]; do inputs+=("$1"); shift; done
+    stamp=$(python - "$@" -- "${inputs[@]}" <<'END'
+import hashlib, os, sys
+
+stamp = hashlib.sha256("\0".join(sys.argv[1:]).encode())
+for path in sys.argv[sys.argv.index("--", 2) + 1:]:
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            stamp.update(hashlib.file_digest(file, "sha256").digest())
+    for folder, _, names in sorted(os.walk(path)):
+        for name in sorted(names):
+            status = os.stat(os.path.join(folder, name))
+            stamp.update(f"{folder}/{name} {status.st_size} {status.st_mtime_ns}".encode())
+print(stamp.hexdigest())
+END
+)
+    shift
+    [ "$(cat "$output.made" 2> /dev/null)" != "$stamp" ] || again=--overwrite  # what a call that was killed left
+    if [ -e "$output" ]; then
+        [ -n "$again" ] || { echo "$0: $output was made otherwise, of another input or with other options: move its folder away" >&2; exit 2; }
+        echo "$output: there already"
+        return
+    fi
+    mkdir -p "$(dirname "$output")"
+    echo "$stamp" > "$output.made"  # before it: OUTPUT appears whole, as the last thing
+    timed "$@" $again
+}
+
 numbers() {  # NAME "1 2 3": of what may be set
     [[ $2 =~ ^[0-9]+(\ +[0-9]+)*$ ]] || { echo "$0: $1=\"$2\" must be whole numbers" >&2; exit 2; }
 }

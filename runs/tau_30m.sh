@@ -1,32 +1,51 @@
 #!/usr/bin/env bash
-# The published 30M run, from the CVE list's release file to the figure and a sample:
+# The published 30M run, from a text to a figure and samples:
 #
-#     bash runs/tau_30m.sh CVES.zip [GPUS] [dot]
+#     bash runs/tau_30m.sh CORPUS [--key=value ...]
 #
-# CVES.zip is a release of github.com/CVEProject/cvelistV5 ("all CVEs at midnight"), GPUS how many of this machine to
-# use (default 1). The embedding model is downloaded. The published run took about two hours on one H100; this one has
-# not been timed. With `dot` the twin is trained too. What exists is used again; an interrupted training goes on.
-[ $# -ge 1 ] || { echo "usage: bash runs/tau_30m.sh CVES.zip [GPUS] [dot]" >&2; exit 2; }
-release=$(realpath "$1")
-gpus=${2:-1}
-twin=${3:-}
+# CORPUS is a release of the CVE list (github.com/CVEProject/cvelistV5, "all CVEs at midnight"; folder or zip) or a JSONL file, plain
+# or compressed. Options go to train.py. LAPLACIAN=FILE takes that one (the author's, say) and embeds nothing; else the embeddings are
+# all-MiniLM-L6-v2's where sentence-transformers is installed and has the model or a network, and LSA's where not. DATA=data/cve is
+# where corpus, embeddings and Laplacian go, GPUS=1 how many to use (1, 2, 4 or 8), MODELS=tau_30m the configs to train ("tau_30m
+# dot_30m": the twin too). What is there already, of the same inputs, is left; what was interrupted goes on.
+[ $# -ge 1 ] || { echo "usage: bash runs/tau_30m.sh CORPUS [--key=value ...]" >&2; exit 2; }
+[ -e "$1" ] || { echo "runs/tau_30m.sh: $1 does not exist" >&2; exit 2; }
+[ -z "${LAPLACIAN:-}" ] || [ -f "$LAPLACIAN" ] || { echo "runs/tau_30m.sh: LAPLACIAN=$LAPLACIAN is not a file" >&2; exit 2; }
+case " $* " in *" --out_dir="*) echo "runs/tau_30m.sh: --out_dir cannot be given: each model has its own, out/MODEL" >&2; exit 2 ;; esac
+for model in ${MODELS:=tau_30m}; do
+    [ -f "$(dirname "$0")/../configs/$model.toml" ] || { echo "runs/tau_30m.sh: MODELS=\"$MODELS\": there is no configs/$model.toml" >&2; exit 2; }
+done
+corpus=$(realpath "$1") laplacian=${LAPLACIAN:+$(realpath "$LAPLACIAN")} data=${DATA:-data/cve}
+shift
 . "$(dirname "$0")/setup.sh"
+numbers GPUS "${GPUS:=1}"
 
-data=data/cve
-[ -f $data/meta.json ] || show python data/cve/prepare.py "$release"
-if [ ! -f $data/embeddings.npy ]; then
-    pip install --quiet --disable-pip-version-check sentence-transformers==6.2.0
-    show python data/embed.py $data --model=all-MiniLM-L6-v2
+embed() {  # with the published model; without it, LSA
+    show python data/embed.py "$data" --model=all-MiniLM-L6-v2 "$@" && return
+    [ $? -eq 2 ] || return 1
+    echo "so the features are those of latent semantic analysis, which needs no model"
+    show python data/embed.py "$data" "$@"
+}
+
+form=jsonl
+if [ -d "$corpus" ] || [ "$(head -c 2 "$corpus")" = PK ]; then form=cve; fi
+made "$data/meta.json" "$corpus" -- show python data/$form/prepare.py "$corpus" --out_dir="$data"
+if [ -z "$laplacian" ]; then
+    laplacian=$data/laplacian.parquet
+    made "$data/embeddings.npy" "$data/meta.json" -- embed
+    made "$laplacian" "$data/embeddings.npy" -- show python build_laplacian.py "$data/embeddings.npy" --out="$laplacian"
 fi
-[ -f $data/laplacian.parquet ] || show python build_laplacian.py $data/embeddings.npy --out=$data/laplacian.parquet
 
-for attention in tau $twin; do
-    if [ "$gpus" -gt 1 ]; then  # 8 batches of 16 sequences a step, shared out: 1, 2, 4 or 8 GPUS
-        show torchrun --standalone --nproc_per_node="$gpus" train.py configs/${attention}_30m.toml --init_from=auto
-    else
-        show python train.py configs/${attention}_30m.toml --init_from=auto
+launch=python
+[ "$GPUS" -eq 1 ] || launch="torchrun --standalone --nproc_per_node=$GPUS"  # 8 batches of 16 sequences a step, shared out
+for model in $MODELS; do
+    out=out/$model
+    timed show $launch train.py configs/$model.toml --init_from=auto --data_dir="$data" --laplacian="$laplacian" "$@"
+    [ $out/figure.png -nt $out/metrics.jsonl ] || timed show python plot.py $out results/published_30m --out=$out/figure.png --overwrite
+    if [ ! $out/samples.txt -nt $out/best.safetensors ]; then
+        timed show python sample.py $out --prompt="CVE-2026-" --max_new_tokens=120 --num_samples=3 --seed=1 | tee $out/samples.part
+        mv $out/samples.part $out/samples.txt
     fi
 done
-
-show python plot.py out/tau_30m ${twin:+out/dot_30m} --overwrite
-show python sample.py out/tau_30m --prompt="CVE-2026-" --max_new_tokens=100 --num_samples=3
+echo
+for model in $MODELS; do echo "losses beside the published ones: out/$model/figure.png; samples: out/$model/samples.txt"; done

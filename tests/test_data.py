@@ -1,4 +1,7 @@
+import bz2
+import gzip
 import json
+import lzma
 import math
 import zipfile
 
@@ -9,7 +12,7 @@ import pytest
 
 from conftest import fails, ok, shared_data
 from data import tokenizer as tokenizers
-from data.corpus import Corpus, unigram_and_bigram_loss
+from data.corpus import Corpus, read_jsonl, unigram_and_bigram_loss
 
 WORDS = "the graph of a domain remembers what its features share and forgets the rest".split()
 
@@ -54,6 +57,19 @@ def test_jsonl(tmp_path, tokenizer, kind):
     assert f"bigram {corpus.meta['bigram_loss']:.3f}" in out
     assert corpus.meta["val"]["bytes"] == sum(len(text.encode()) for text in decoded(corpus, "val"))
     assert corpus.val[-1] == corpus.tokenizer.end_token == corpus.vocab_size - 1
+
+
+def test_compressed_jsonl(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", 100)
+    content = (tmp_path / "a.jsonl").read_bytes()
+    compressed = {"gz": gzip.compress(content), "bz2": bz2.compress(content), "xz": lzma.compress(content),
+                  "zst": pyarrow.compress(content, "zstd", asbytes=True)}
+    for suffix, data in compressed.items():
+        (tmp_path / f"a.{suffix}").write_bytes(data)
+        assert list(read_jsonl([tmp_path / f"a.{suffix}"])) == list(read_jsonl([tmp_path / "a.jsonl"]))
+        (tmp_path / "half").write_bytes(data[:len(data) // 2])
+        assert "half is damaged" in fails("data/jsonl/prepare.py", "half", "--out_dir=out", "--vocab_size=300", cwd=tmp_path)
+        assert not any((tmp_path / "out").glob("*"))
 
 
 def test_split_follows_the_text_and_not_its_place(tmp_path):

@@ -292,6 +292,24 @@ def test_profile(here):
     assert sum(event["name"] == "Optimizer.step#AdamW.step" for event in events) == 3
 
 
+def test_passes_see_every_window_once(here):
+    """Over all processes and micro-batches, and in another order each time."""
+    corpus = Corpus(here / "docs")
+    corpus.train = corpus.train[:32 * 30 + 1]
+    settings = Settings(batch_size=4, grad_accum_steps=3, sampling="passes", seed=5)
+    seen = [window[0].tobytes() for step in range(5) for micro in range(3) for window in
+            train.training_batch(corpus, settings, 32, step, micro)[:, None]]
+    windows = [corpus.batch([start], 32, "train")[0].tobytes() for start in range(0, 32 * 30, 32)]
+    assert sorted(seen[:30]) == sorted(seen[30:60]) == sorted(windows) and seen[:30] != seen[30:60]
+    record = metrics_of(here, "--sampling=passes", "--max_steps=2")
+    assert record != metrics_of(here, "--sampling=random", "--max_steps=2", "--overwrite=True")
+
+
+def metrics_of(here, *options):
+    ok("train.py", "small.toml", "--out_dir=p", *options, cwd=here)
+    return untimed(metrics(here / "p"))[-1]
+
+
 def test_a_finished_run_leaves_a_line_and_study_makes_the_table(here):
     for seed, rate in ((1, 1e-3), (2, 1e-3), (1, 3e-3)):
         ok("train.py", "small.toml", "--max_steps=2", f"--seed={seed}", f"--learning_rate={rate}", "--results=r/lines.jsonl",

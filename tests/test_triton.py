@@ -15,6 +15,7 @@ from test_attention import FACTORS, inputs, pairwise, table_inputs, value_and_gr
 
 import attention_triton
 import bench
+import fused_triton
 from attention import Tree, fast_attention, tau_attention
 from attention_triton import KEYS_BLOCK, LEVEL_TILE, QUERIES_BLOCK, TILES, reaches
 
@@ -172,6 +173,25 @@ def test_every_kernel_has_been_compiled_with_every_tile():
     done = subprocess.run([sys.executable, "-c", code, repr(every)], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "TRITON_INTERPRET": "0"})
     assert done.returncode == 0 and done.stdout.count("'registers'") == len(every), done.stderr
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("N, V, softcap, block", [(1, 257, 15.0, 64), (70, 300, 15.0, 128), (33, 64, 0.0, 64), (5, 9000, 3.0, 8192)])
+def test_loss(N, V, softcap, block, dtype, tolerance, monkeypatch):
+    """The kernel's loss and gradients against float64; columns that pad the vocabulary count for nothing."""
+    monkeypatch.setattr(fused_triton, "BLOCK", block)
+    monkeypatch.setattr(fused_triton, "CHUNK", 32)
+    torch.manual_seed(0)
+    x, weight, targets = (part.to(DEVICE) for part in (2 * torch.randn(N, 16), torch.randn(V, 16), torch.randint(V, (N,))))
+    exact = [part.to(dtype).double().requires_grad_() for part in (x, weight)]
+    z = exact[0] @ exact[1].T
+    expected = torch.nn.functional.cross_entropy(softcap * torch.tanh(z / softcap) if softcap else z, targets, reduction="sum")
+    grads = torch.autograd.grad(expected / (4 if softcap else 1), exact)
+    ours = fused_triton.summed_loss(x, weight, targets, softcap, True, dtype)
+    for name, mine, theirs in zip(("loss", "x", "weight"), ours, (expected.detach(), *grads), strict=True):
+        assert mine.shape == theirs.shape
+        assert (mine - theirs).norm() <= tolerance * theirs.norm(), name
+    assert fused_triton.summed_loss(x, weight, targets, softcap, False, dtype)[0] == ours[0]
 
 
 @pytest.mark.parametrize("row", LEVEL_ROWS,

@@ -1,4 +1,5 @@
-"""JSONL files of {"text": "..."} or {"text": [id, title, body]} -> train.bin, val.bin, tokenizer.json, meta.json."""
+"""JSONL files of {"text": "..."} or {"text": [id, title, body]}, plain or compressed (gzip, bzip2, xz, zstd) -> train.bin, val.bin,
+tokenizer.json, meta.json."""
 
 import sys
 from pathlib import Path
