@@ -3,6 +3,7 @@
     python plot.py out/quickstart
     python plot.py out/shakespeare_char_tau out/shakespeare_char_dot --out=pair.png
     python plot.py data/python_docs/laplacian.parquet --out=laplacian.png
+    python plot.py out/tau_30m results/published_30m --out=beside_the_published.png --max_loss=5
 
 --bands draws, for one run and layer by layer, how the lambdas of the keys of each head spread over time."""
 
@@ -31,13 +32,15 @@ def read_metrics(folder):
     return metrics
 
 
-def draw_losses(axis, runs, key, label):
+def draw_losses(axis, runs, key, label, max_loss):
     for number, (name, metrics) in enumerate(runs.items()):
-        for split, style in (("train", dict(alpha=0.35, linewidth=1)), ("val", dict(marker="."))):
+        lone = dict(marker="x", linestyle="none")  # of a run of which only some validations are known
+        for split, style in (("train", dict(alpha=0.35, linewidth=1)), ("val", dict(marker=".") if metrics["train"] else lone)):
             points = [(record[key], record["loss"]) for record in metrics[split] if key in record]  # a published run has no seconds
             if points:
                 axis.plot(*zip(*points), color=f"C{number}", label=f"{name}, {split}", **style)
     axis.set(xlabel=label, ylabel="loss, nats a token", title=f"loss against {label}")
+    axis.set_ylim(top=max_loss)
     axis.legend(fontsize="small")
 
 
@@ -106,7 +109,7 @@ def laplacian_panels(L, heads):
     return [partial(draw_spectra, L=L, heads=heads), partial(draw_adjacency, L=L), partial(draw_degrees, L=L)]
 
 
-def overview(sources, folders):
+def overview(sources, folders, max_loss):
     """The panels of the usual figure, functions of an axis."""
     runs, L, heads = {str(folder): read_metrics(folder) for folder in folders}, None, []
     for source in sources:
@@ -117,7 +120,7 @@ def overview(sources, folders):
             tensors, header = checkpoint.read(path)
             L, model = tensors.get("laplacian"), checkpoint.build_model(tensors, header, path)
             heads = head_laplacians(L, model.config) if L is not None and len(L) == model.config.n_embd else []
-    panels = [partial(draw_losses, runs=runs, key=key, label=label)
+    panels = [partial(draw_losses, runs=runs, key=key, label=label, max_loss=max_loss)
               for key, label in (("tokens", "tokens"), ("elapsed_s", "seconds")) if runs]
     if any("tau" in record for metrics in runs.values() for record in metrics["val"]):
         panels.append(partial(draw_energies, runs=runs))
@@ -145,6 +148,7 @@ def main():
     options.add_argument("sources", nargs="+", type=Path, metavar="OUT_DIR_OR_LAPLACIAN")
     options.add_argument("--out", type=Path, help="(default: figure.png in the first OUT_DIR)")
     options.add_argument("--bands", action="store_true", help="the energies of every layer and head instead (bands.png)")
+    options.add_argument("--max_loss", type=float, help="upper end of the losses' axis (default: the highest)")
     options.add_argument("--overwrite", action="store_true", help="replace a figure that is there already")
     args = options.parse_args()
 
@@ -160,7 +164,7 @@ def main():
         tokens, lambdas = read_diagnostics(folders[0])
         panels = [partial(draw_bands, layer=layer, tokens=tokens, lambdas=lambdas[:, layer]) for layer in range(lambdas.shape[1])]
     else:
-        panels = overview(args.sources, folders)
+        panels = overview(args.sources, folders, args.max_loss)
     draw(panels, out)
 
 

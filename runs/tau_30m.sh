@@ -41,7 +41,7 @@ launch=python
 for model in $MODELS; do
     out=out/$model
     timed show $launch train.py configs/$model.toml --init_from=auto --data_dir="$data" --laplacian="$laplacian" "$@"
-    [ $out/figure.png -nt $out/metrics.jsonl ] || timed show python plot.py $out results/published_30m --out=$out/figure.png --overwrite
+    [ $out/figure.png -nt $out/metrics.jsonl ] || timed show python plot.py $out results/published_30m --out=$out/figure.png --max_loss=6 --overwrite
     if [ ! $out/samples.txt -nt $out/best.safetensors ]; then
         timed show python sample.py $out --prompt="CVE-2026-" --max_new_tokens=120 --num_samples=3 --seed=1 | tee $out/samples.part
         mv $out/samples.part $out/samples.txt
