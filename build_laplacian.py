@@ -10,7 +10,7 @@ One pass over the embeddings, of any number, sums the F x F Gram matrix, which i
 processes (torchrun) each takes its part."""
 
 import hashlib
-import json
+import subprocess
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -22,12 +22,10 @@ import pyarrow.compute
 import pyarrow.parquet
 from tqdm import tqdm
 
-from common import RANK, WORLD, Parser, UserError, check_place, commit, refuse_existing, replacing, run
+from common import RANK, ROOT, WORLD, Parser, UserError, check_place, commit, refuse_existing, run
+from data.laplacian import MOST_FEATURES, check_laplacian, components, laplacian_of, load_laplacian, save_laplacian
 
 CHUNK_ROWS = 4096
-MOST_FEATURES = 16384  # a dense float64 matrix of that size takes 2 GiB
-COLUMNS = {"name_id": pyarrow.string(), "n_rows": pyarrow.uint64(), "n_cols": pyarrow.uint64(),
-           "nnz": pyarrow.uint64(), "row": pyarrow.uint64(), "col": pyarrow.uint64(), "value": pyarrow.float64()}
 
 
 class NpyEmbeddings:
@@ -48,7 +46,7 @@ class NpyEmbeddings:
 
     def read(self, number):
         first, rows = self.pieces[number]
-        yield np.load(self.path, mmap_mode="r")[first:first + rows]
+        yield np.load(self.path, mmap_mode="r")[first : first + rows]
 
 
 class ParquetEmbeddings:
@@ -59,13 +57,16 @@ class ParquetEmbeddings:
         try:
             with self.open() as file:
                 types = file.schema_arrow.types
-                self.lists = len(types) == 1 and any(is_kind(types[0]) for is_kind in (
-                    pyarrow.types.is_list, pyarrow.types.is_large_list, pyarrow.types.is_fixed_size_list))
+                self.lists = len(types) == 1 and any(
+                    is_kind(types[0]) for is_kind in (pyarrow.types.is_list, pyarrow.types.is_large_list, pyarrow.types.is_fixed_size_list)
+                )
                 floats = [types[0].value_type] if self.lists else types
                 self.rows = file.metadata.num_rows
                 if not self.rows or not floats or not all(map(pyarrow.types.is_floating, floats)):
-                    raise UserError(f"{path}: embeddings have a column of floats a feature, or one column of lists of floats; "
-                                    f"it has {self.rows} rows of {', '.join(file.schema_arrow.names[:4])}")
+                    raise UserError(
+                        f"{path}: embeddings have a column of floats a feature, or one column of lists of floats; "
+                        f"it has {self.rows} rows of {', '.join(file.schema_arrow.names[:4])}"
+                    )
                 self.names = None if self.lists else file.schema_arrow.names
                 self.columns = len(next(file.iter_batches(1)).column(0)[0].as_py() or ()) if self.lists else len(types)
                 rows = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
@@ -104,8 +105,7 @@ def opened(path):
     shards = [NpyEmbeddings(file) if file.suffix == ".npy" else ParquetEmbeddings(file) for file in paths]
     for shard in shards:
         if shard.columns != shards[0].columns:
-            raise UserError(f"{shard.path} has {shard.columns} features, {shards[0].path} has {shards[0].columns}: "
-                            "shards have the same")
+            raise UserError(f"{shard.path} has {shard.columns} features, {shards[0].path} has {shards[0].columns}: shards have the same")
         named = next((other for other in shards if other.names), shard)
         if shard.names and shard.names != named.names:
             raise UserError(f"{shard.path} has not the columns of {named.path} in the same order: shards have the same")
@@ -122,8 +122,12 @@ def gram_matrix(shards, center=False):
     todo = [(shard, number) for shard in shards for number, (_, rows) in enumerate(shard.pieces) if rows]
     origin = next(todo[0][0].read(todo[0][1]))[0].astype(np.float64) if center else 0.0  # near the mean: nothing cancels later
     todo = todo[RANK::WORLD]
-    progress = tqdm(total=sum(shard.pieces[number][1] for shard, number in todo), desc="reading embeddings", unit=" rows",
-                    disable=None if RANK == 0 else True)
+    progress = tqdm(
+        total=sum(shard.pieces[number][1] for shard, number in todo),
+        desc="reading embeddings",
+        unit=" rows",
+        disable=None if RANK == 0 else True,
+    )
     for shard, number in todo:
         first = shard.pieces[number][0]
         for rows in shard.read(number):
@@ -153,7 +157,8 @@ def joined(gram, total, count):
     import torch  # here, because one process does without
     import torch.distributed as dist
 
-    import processes
+    from training import processes
+
     processes.meet(torch.device("cpu"))
     count = np.array([count])
     for array in (gram, total, count):
@@ -203,7 +208,7 @@ def rewired(weights, seed):
     kept = ends.copy()
     for _ in range(10):
         for i, j in generator.integers(len(ends), size=(len(ends), 2)):
-            (a, b), (c, d) = ends[i], ends[j][::generator.choice((1, -1))]
+            (a, b), (c, d) = ends[i], ends[j][:: generator.choice((1, -1))]
             if len({a, b, c, d}) == 4 and not (edges[a, d] or edges[c, b]):
                 edges[a, b] = edges[b, a] = edges[c, d] = edges[d, c] = False
                 edges[a, d] = edges[d, a] = edges[c, b] = edges[b, c] = True
@@ -222,7 +227,7 @@ def neighbour_graph(distances, k, topk, eps):
     F = len(distances)
     reach = distances.copy()
     np.fill_diagonal(reach, np.inf)
-    nearest = np.argsort(reach, axis=1, kind="stable")[:, :min(k, topk, F - 1)]
+    nearest = np.argsort(reach, axis=1, kind="stable")[:, : min(k, topk, F - 1)]
     edges = np.zeros((F, F), bool)
     np.put_along_axis(edges, nearest, True, axis=1)
     edges &= reach <= eps
@@ -236,89 +241,9 @@ def neighbour_graph(distances, k, topk, eps):
     return edges, joins
 
 
-def components(edges):
-    """The component number of every node, (F,), counted from 0."""
-    from scipy.sparse.csgraph import connected_components
-    return connected_components(edges, directed=False)[1]
-
-
 def edge_weights(distances, edges, p, sigma):
     """W (F, F): 1 / (1 + (d/sigma)^p) on the edges, 0 elsewhere."""
-    return np.where(edges, 1 / (1 + (distances / sigma)**p), 0.0)
-
-
-def laplacian_of(weights):
-    """L = Deg - W."""
-    return np.diag(weights.sum(1)) - weights
-
-
-def check_laplacian(L, what):
-    """Raise UserError unless L is a Laplacian of a connected graph: finite, symmetric, rows that sum to 0, positive
-    semi-definite, its second eigenvalue above 0. Bounds are relative to the largest entry, for float32 files."""
-    if not np.isfinite(L).all():
-        raise UserError(f"{what} holds NaN or infinity: build it again")
-    bound = 1e-6 * max(np.abs(L).max(), np.finfo(float).tiny)
-    if np.abs(L - L.T).max() > bound:
-        raise UserError(f"{what} is not symmetric: entries differ by {np.abs(L - L.T).max():.3g}: build it again")
-    if np.abs(L.sum(1)).max() > bound * len(L):
-        raise UserError(f"{what} is not a Laplacian: a row sums to {np.abs(L.sum(1)).max():.3g}, not 0: build it again")
-    smallest = np.linalg.eigvalsh(L)[0]
-    if smallest < -bound * len(L):
-        raise UserError(f"{what} is not positive semi-definite: it has the eigenvalue {smallest:.3g}: build it again")
-    parts = components((L != 0) | np.eye(len(L), dtype=bool)).max() + 1
-    if parts > 1:
-        raise UserError(f"{what} is not connected: its graph falls into {parts} parts: build it again")
-
-
-def save_laplacian(path, L, settings):
-    """Write L (F, F) in coordinate form, float64, to a parquet file with the columns of the author's tool, and
-    settings, a dict, to the JSON beside it."""
-    path = Path(path)
-    row, col = np.nonzero(L)
-    constants = {"name_id": path.stem, "n_rows": len(L), "n_cols": len(L), "nnz": len(row)}
-    table = pyarrow.table({name: pyarrow.array(values, COLUMNS[name]) for name, values in
-                           [(name, [value] * len(row)) for name, value in constants.items()]
-                           + [("row", row), ("col", col), ("value", L[row, col])]})
-    with replacing(path.with_suffix(".json")) as settings_path, replacing(path) as temporary:
-        pyarrow.parquet.write_table(table, temporary)
-        settings_path.write_text(json.dumps(settings, indent=1) + "\n")
-
-
-def load_laplacian(path):
-    """The dense Laplacian (F, F) float64 of a parquet file written by save_laplacian or by the author's tool.
-    Raises FileNotFoundError, and UserError if the file is damaged or its matrix is no connected graph's Laplacian."""
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist") from None
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a whole parquet file ({error}): build it again") from None
-    missing = [name for name in COLUMNS if name not in table.column_names]
-    if missing:
-        raise UserError(f"{path} is not a Laplacian file: it has no column {', '.join(missing)}")
-    try:
-        columns = {name: table[name].cast(COLUMNS[name]).to_numpy() for name in COLUMNS if name != "name_id"}
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path} is not a Laplacian file ({error})") from None
-    row, col, value = columns["row"], columns["col"], columns["value"]
-    for name in ("n_rows", "n_cols", "nnz"):
-        if len(row) == 0 or (columns[name] != columns[name][0]).any():
-            raise UserError(f"{path} is damaged: {name} must be one number on every row: build it again")
-    F, nnz = int(columns["n_rows"][0]), int(columns["nnz"][0])
-    if F != columns["n_cols"][0]:
-        raise UserError(f"{path} is not square: {F} x {columns['n_cols'][0]}: build it again")
-    if nnz != len(row):
-        raise UserError(f"{path} is damaged: {len(row)} entries, not the {nnz} it announces: build it again")
-    if not 0 < F <= MOST_FEATURES:
-        raise UserError(f"{path} announces {F} features; 1 to {MOST_FEATURES} are possible")
-    if max(row.max(), col.max()) >= F:
-        raise UserError(f"{path} is damaged: it has an entry at ({row.max()}, {col.max()}), past its {F} rows")
-    if len(np.unique(row * np.uint64(F) + col)) != len(row):
-        raise UserError(f"{path} is damaged: an entry stands there twice: build it again")
-    L = np.zeros((F, F))
-    L[row, col] = value
-    check_laplacian(L, path)
-    return L
+    return np.where(edges, 1 / (1 + (distances / sigma) ** p), 0.0)
 
 
 def build(args):
@@ -332,13 +257,21 @@ def build(args):
             gram, rows = gram_matrix(shards, args.center)
         if RANK:
             return None, None
-        settings |= {"embeddings": str(args.embeddings), "sha256": digest.result(), "rows": rows, "columns": len(gram),
-                     "center": args.center, "zero_columns": int((np.diag(gram) <= 0).sum())}
+        settings |= {
+            "embeddings": str(args.embeddings),
+            "sha256": digest.result(),
+            "rows": rows,
+            "columns": len(gram),
+            "center": args.center,
+            "zero_columns": int((np.diag(gram) <= 0).sum()),
+        }
         if settings["zero_columns"] == len(gram):
             raise UserError(f"{args.embeddings}: every feature is {'constant' if args.center else 'zero'}: there is no graph in it")
         if settings["zero_columns"]:
-            print(f"{settings['zero_columns']} of {len(gram)} features are {'constant' if args.center else 'zero everywhere'}: "
-                  "they stay, at distance 1 from all others")
+            print(
+                f"{settings['zero_columns']} of {len(gram)} features are {'constant' if args.center else 'zero everywhere'}: "
+                "they stay, at distance 1 from all others"
+            )
         if args.dim is not None:
             gram = project(gram, args.dim, args.seed)
             settings["seed"] = args.seed
@@ -374,52 +307,76 @@ def build(args):
 def numbers(L):
     """What --inspect prints and the JSON holds of a Laplacian."""
     eigenvalues, degree = np.linalg.eigvalsh(L), (np.triu(L, 1) + np.tril(L, -1) != 0).sum(1)
-    return {"edges": int(degree.sum()) // 2, "degree": [int(degree.min()), float(np.median(degree)), int(degree.max())],
-            "connectivity": float(eigenvalues[1]), "median_eigenvalue": float(np.median(eigenvalues)),
-            "largest_eigenvalue": float(eigenvalues[-1])}
+    return {
+        "edges": int(degree.sum()) // 2,
+        "degree": [int(degree.min()), float(np.median(degree)), int(degree.max())],
+        "connectivity": float(eigenvalues[1]),
+        "median_eigenvalue": float(np.median(eigenvalues)),
+        "largest_eigenvalue": float(eigenvalues[-1]),
+    }
 
 
 def inspect(path, n_head, out):
-    """Print the numbers of a Laplacian's file and draw it."""
+    """Print the numbers of a Laplacian's file and have plot.py draw it. Returns plot.py's exit code."""
     import torch  # here, because building does without
 
-    import plot
     from model import kron_reduction
+
     L = load_laplacian(path)
     F, found, eigenvalues = len(L), numbers(L), np.linalg.eigvalsh(L)
     if n_head is not None and (n_head < 1 or F % n_head or F == n_head):
         raise UserError(f"--n_head={n_head} must divide the {F} features into heads of two or more")
     of = lambda values: f"{values[1]:.4g} (connectivity), median {np.median(values):.4g}, largest {values[-1]:.4g}"
-    print(f"features     {F}\n"
-          f"edges        {found['edges']:,}, {2 * found['edges'] / (F * (F - 1)):.1%} of all pairs\n"
-          f"degree       {found['degree'][0]} to {found['degree'][2]} edges, median {found['degree'][1]:g}; weight "
-          f"{L.diagonal().min():.4g} to {L.diagonal().max():.4g}, median {np.median(L.diagonal()):.4g}\n"
-          f"connected    yes\n"
-          f"eigenvalues  0, {of(eigenvalues)}")
-    heads = []
+    print(
+        f"features     {F}\n"
+        f"edges        {found['edges']:,}, {2 * found['edges'] / (F * (F - 1)):.1%} of all pairs\n"
+        f"degree       {found['degree'][0]} to {found['degree'][2]} edges, median {found['degree'][1]:g}; weight "
+        f"{L.diagonal().min():.4g} to {L.diagonal().max():.4g}, median {np.median(L.diagonal()):.4g}\n"
+        f"connected    yes\n"
+        f"eigenvalues  0, {of(eigenvalues)}"
+    )
     for h in range(n_head or 0):
         D = F // n_head
-        heads.append(kron_reduction(torch.from_numpy(L), slice(h * D, (h + 1) * D)))
-        print(f"head {h:<7} features {h * D} to {(h + 1) * D - 1}, by Kron reduction: eigenvalues 0, "
-              f"{of(np.linalg.eigvalsh(heads[-1].numpy()))}")
-    plot.draw(plot.laplacian_panels(torch.from_numpy(L), heads), out)
+        head = kron_reduction(torch.from_numpy(L), slice(h * D, (h + 1) * D))
+        print(
+            f"head {h:<7} features {h * D} to {(h + 1) * D - 1}, by Kron reduction: eigenvalues 0, {of(np.linalg.eigvalsh(head.numpy()))}"
+        )
+    sys.stdout.flush()
+    heads = [f"--n_head={n_head}"] if n_head else []
+    return subprocess.run([sys.executable, ROOT / "plot.py", path, f"--out={out}", "--overwrite", *heads]).returncode
 
 
 def main():
     options = Parser(__doc__)
-    options.add_argument("embeddings", nargs="?", type=Path, metavar="EMBEDDINGS",
-                         help=".npy (N, F); parquet, with a column a feature or one column of lists; or a folder of such files")
+    options.add_argument(
+        "embeddings",
+        nargs="?",
+        type=Path,
+        metavar="EMBEDDINGS",
+        help=".npy (N, F); parquet, with a column a feature or one column of lists; or a folder of such files",
+    )
     options.add_argument("--out", type=Path, metavar="FILE.parquet")
-    options.add_argument("--inspect", type=Path, metavar="FILE.parquet",
-                         help="print the numbers of a Laplacian and draw it (to --out, default FILE.png); build nothing")
+    options.add_argument(
+        "--inspect",
+        type=Path,
+        metavar="FILE.parquet",
+        help="print the numbers of a Laplacian and draw it (to --out, default FILE.png); build nothing",
+    )
     options.add_argument("--n_head", type=int, help="with --inspect: also the Laplacians of a model's heads, n_embd being F")
     options.add_argument("--center", action="store_true", help="take the mean of every feature off first")
-    options.add_argument("--graph", choices=("domain", "chain", "random", "complete"), default="domain",
-                         help="domain: the recipe above (default). Controls: chain, a path with weights 1; "
-                              "random, the domain's weights on other edges, each feature with as many "
-                              "(without EMBEDDINGS: the recipe on random distances); complete, all pairs with weight 1")
-    options.add_argument("--dim", type=int, help="reduce the embeddings to DIM features by a seeded random projection; "
-                                                 "for the controls, in place of EMBEDDINGS")
+    options.add_argument(
+        "--graph",
+        choices=("domain", "chain", "random", "complete"),
+        default="domain",
+        help="domain: the recipe above (default). Controls: chain, a path with weights 1; "
+        "random, the domain's weights on other edges, each feature with as many "
+        "(without EMBEDDINGS: the recipe on random distances); complete, all pairs with weight 1",
+    )
+    options.add_argument(
+        "--dim",
+        type=int,
+        help="reduce the embeddings to DIM features by a seeded random projection; for the controls, in place of EMBEDDINGS",
+    )
     options.add_argument("--seed", type=int, default=0, help="of --dim and --graph=random (default: %(default)s)")
     options.add_argument("--k", type=int, default=25, help="neighbours (default: %(default)s)")
     options.add_argument("--topk", type=int, default=15, help="neighbours kept (default: %(default)s)")
@@ -441,7 +398,7 @@ def main():
         out = args.out or args.inspect.with_suffix(".png")
         check_place(out, ".png", args.overwrite)
         if RANK == 0:
-            inspect(args.inspect, args.n_head, out)
+            sys.exit(inspect(args.inspect, args.n_head, out))
         return
     if args.n_head is not None:
         raise UserError(f"--n_head={args.n_head} is for --inspect: a Laplacian is the same for any number of heads")
@@ -459,8 +416,10 @@ def main():
         raise UserError(f"{error}, with embeddings of a smaller range or other --p and --sigma") from None
     settings |= numbers(L) | {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "version": commit()}
     save_laplacian(args.out, L, settings)
-    print(f"{args.out}: {len(L)} features, {settings['edges']:,} edges, eigenvalues 0, {settings['connectivity']:.4g} ... "
-          f"{settings['largest_eigenvalue']:.4g}")
+    print(
+        f"{args.out}: {len(L)} features, {settings['edges']:,} edges, eigenvalues 0, {settings['connectivity']:.4g} ... "
+        f"{settings['largest_eigenvalue']:.4g}"
+    )
 
 
 if __name__ == "__main__":

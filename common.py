@@ -9,23 +9,45 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager, suppress
+from dataclasses import field
 from pathlib import Path
 
-RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, default))  # among the processes that torchrun started
-                           for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+RANK, LOCAL_RANK, WORLD = (
+    int(os.environ.get(name, default))  # among the processes that torchrun started
+    for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+)
+ROOT = Path(__file__).resolve().parent  # of the checkout
 NUMBER = (int, float)  # for read_lines
+POSITIVE = (lambda value: 0 < value < 2**31, "positive and below 2^31")
+NOT_NEGATIVE = (lambda value: 0 <= value < 2**31, "0 or more and below 2^31")
+FRACTION = (lambda value: 0 <= value < 1, "at least 0 and below 1")
 
 
 class UserError(ValueError):
     """A mistake of the user's: one line that says what was wrong, with which value, and what to do."""
 
 
+def one_of(*choices):
+    return (lambda value: value in choices, "one of " + ", ".join(choices))
+
+
+def setting(default, meaning, rule=None):
+    """A dataclass's field: what it means, and what it must be: (a function of the value, its description)."""
+    return field(default=default, metadata={"meaning": meaning, "rule": rule})
+
+
+def check_rule(f, value, source=None):
+    """Raise UserError unless the value is what the rule of a field asks for."""
+    rule = f.metadata["rule"]
+    if rule and not rule[0](value):  # NaN and infinity too
+        raise UserError((f"{source}: " if source else "") + f"{f.name} = {value!r} must be {rule[1]}")
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, like every other mistake."""
 
     def __init__(self, description):
-        super().__init__(description=description, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
         raise UserError(f"{message} (--help lists the options)")
@@ -143,6 +165,7 @@ def read_lines(path, **fields):
 def choose_device(name, local_rank=0):
     """The torch.device called `name`; "auto" is cuda, else mps, else cpu. Raises UserError if it cannot be used."""
     import torch  # here, because the scripts that only prepare data do without
+
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -156,8 +179,9 @@ def choose_device(name, local_rank=0):
 def commit():
     """Of the code that runs; None outside a git checkout, and without git."""
     try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"], capture_output=True,
-                              text=True, cwd=Path(__file__).parent)
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"], capture_output=True, text=True, cwd=ROOT
+        )
     except OSError:
         return None
     return done.stdout.strip() or None
@@ -169,4 +193,5 @@ def peak_rss_mb():
     if status.exists():  # getrusage would count the process that started this one, too
         return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**10
     import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -15,70 +15,88 @@ Transformer", 2026.)
 
 import math
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attention import tau_attention
-from common import UserError
-from dot import DOT_SCALE, dot_attention, window_attention
-from fused import ENERGY_EPS, NORM_EPS, ChunkedLoss, Energy, RMSNorm, SquaredReluMLP, by_head, rayleigh_quotient
+from common import FRACTION, NOT_NEGATIVE, POSITIVE, UserError, check_rule, one_of, setting
+from ops.attention import tau_attention
+from ops.dot import DOT_SCALE, dot_attention, window_attention
+from ops.fused import ENERGY_EPS, NORM_EPS, ChunkedLoss, Energy, RMSNorm, SquaredReluMLP, by_head, rayleigh_quotient
 
-FORGET = ("none", "slope", "gate")
-TAU_MODES = ("fixed", "mean", "percentile", "adaptive", "gradient", "learned")  # taumode.py
 INIT_STD = 0.02
 
 
 @dataclass
-class ModelConfig:
-    block_size: int = 1024      # longest context, tokens
-    vocab_size: int = 30522
-    n_layer: int = 6
-    n_head: int = 6
-    n_kv_head: int = 0          # heads of keys and values, a divisor of n_head; 0: n_head
-    n_embd: int = 384
-    dropout: float = 0.0        # on the embeddings and on what each attention and MLP adds
-    attention: str = "tau"      # "tau" or "dot"
-    temperature: float = 1.0    # of the tau logits
-    tau_mode: str = "fixed"     # learned: tau is a parameter of every key head; else taumode.py sets it
-    softcap: float = 15.0       # logits are softcap * tanh(logits / softcap); 0: as they are
+class ModelSettings:
+    """What a config may say of the model, a line each: default, meaning, and what it must be."""
+
+    block_size: int = setting(1024, "context, tokens", POSITIVE)
+    n_layer: int = setting(6, "blocks", POSITIVE)
+    n_head: int = setting(6, "heads of queries", POSITIVE)
+    n_kv_head: int = setting(0, "heads of keys and values, a divisor of n_head (0: n_head)", NOT_NEGATIVE)
+    n_embd: int = setting(384, "width", POSITIVE)
+    dropout: float = setting(0.0, "on embeddings and on what attention and MLP add; for small corpora", FRACTION)
+    attention: str = setting("tau", "tau, or its twin that scores by dot product: dot", one_of("tau", "dot"))
+    temperature: float = setting(
+        1.0,
+        "of the tau logits -|lambda_q - lambda_k| / temperature (of dot: none)",
+        (lambda value: 1e-9 <= value < 2**31, "at least 1e-9 and below 2^31"),
+    )
+    tau_mode: str = setting(
+        "fixed",
+        "fixed: tau is the median energy of block 0's keys on the first batch (published); mean; percentile; "
+        "adaptive; gradient; learned, a parameter of every key head (training/taumode.py)",
+        one_of("fixed", "mean", "percentile", "adaptive", "gradient", "learned"),
+    )
+    softcap: float = setting(15.0, "logits are softcap * tanh(logits / softcap); 0: as they are", NOT_NEGATIVE)
     # beyond the published form
-    learn_temperature: bool = False  # a temperature of each head, or, of dot, a scale, learned from the given one on
-    forget: str = "none"        # "slope": each head learns how much a step back costs; "gate": it learns it from the token
-    spectral_filter: bool = False    # the energy weighs L's eigenvectors by learned numbers, at first the eigenvalues
-    conv: int = 0               # taps of a causal convolution of each channel of q, k, v with itself; 0: none
-    key_bias: bool = False      # how much a key counts, from its token
-    output_gate: bool = False   # sigmoid of a projection of x, times what the heads give
-    local_heads: int = 0        # tau: heads that attend by dot product instead, to the last local_window tokens only
-    local_window: int = 16
-    tau_rope: bool = True       # tau: rotate, too, the queries and keys whose energies are compared
+    learn_temperature: bool = setting(False, "a temperature of each head, learned from the given one on, or, of dot, a scale, from 1.2 on")
+    forget: str = setting(
+        "none",
+        "none; slope: each head learns how much a step back costs; gate: it learns it from the token",
+        one_of("none", "slope", "gate"),
+    )
+    spectral_filter: bool = setting(
+        False, "tau: the energy weighs the Laplacian's eigenvectors by learned numbers, at first the eigenvalues"
+    )
+    conv: int = setting(0, "taps of a causal convolution of each channel of q, k, v with itself (0: none)", NOT_NEGATIVE)
+    key_bias: bool = setting(False, "how much a key counts, learned from its token")
+    output_gate: bool = setting(False, "what the heads give is multiplied by the sigmoid of a projection of the token")
+    local_heads: int = setting(0, "tau: heads that attend by dot product instead, to the last local_window tokens only", NOT_NEGATIVE)
+    local_window: int = setting(16, "tokens, the query's own among them", POSITIVE)
+    tau_rope: bool = setting(True, "tau: rotate, too, the queries and keys whose energies are compared, by their positions")
+
+
+@dataclass
+class ModelConfig(ModelSettings):
+    vocab_size: int = setting(30522, "tokens", POSITIVE)
 
     def __post_init__(self):
+        """Raises UserError for a value that makes no sense, alone or with others."""
         self.n_kv_head = self.n_kv_head or self.n_head
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be positive")
+        for f in fields(self):
+            check_rule(f, getattr(self, f.name))
         if self.n_embd % self.n_head or self.head_size % 2:
             raise UserError(f"n_embd={self.n_embd} must be n_head={self.n_head} times an even head size")
         if self.n_head % self.n_kv_head:
             raise UserError(f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}")
-        if self.tau_mode not in TAU_MODES:
-            raise UserError(f"tau_mode={self.tau_mode!r} must be one of {', '.join(TAU_MODES)}")
-        if self.attention not in ("tau", "dot"):
-            raise UserError(f"attention={self.attention!r} must be tau or dot")
-        if self.forget not in FORGET:
-            raise UserError(f"forget={self.forget!r} must be one of {', '.join(FORGET)}")
-        if not 0 <= self.conv <= self.block_size:
+        if self.conv > self.block_size:
             raise UserError(f"conv={self.conv} must be 0, or up to block_size={self.block_size} taps")
         group = self.n_head // self.n_kv_head
-        if self.local_heads % group or not 0 <= self.local_heads < self.n_head or self.local_window < 1:
-            raise UserError(f"local_heads={self.local_heads} must be less than n_head={self.n_head} and a multiple of {group}, "
-                            f"the heads that share keys, and local_window={self.local_window} positive")
+        if self.local_heads % group or self.local_heads >= self.n_head:
+            raise UserError(
+                f"local_heads={self.local_heads} must be less than n_head={self.n_head} and a multiple of {group}, "
+                "the heads that share keys"
+            )
         if self.attention == "dot" and (self.spectral_filter or self.local_heads or not self.tau_rope):
-            raise UserError("attention='dot' has no spectral_filter, no local_heads, and rotates: give spectral_filter=False, "
-                            "local_heads=0, tau_rope=True")
+            raise UserError(
+                "attention='dot' has no spectral_filter, no local_heads, and rotates: give spectral_filter=False, "
+                "local_heads=0, tau_rope=True"
+            )
 
     @property
     def head_size(self):
@@ -145,8 +163,10 @@ def head_laplacians(L, config):
     elif L.shape == (config.n_embd, config.n_embd):
         heads = [kron_reduction(L, slice(h * D, (h + 1) * D)) for h in range(0, H, H // Hkv)]
     else:
-        raise UserError(f"the Laplacian has F={len(L)} features; they must be as many as the head size, {D}, or as "
-                        f"n_embd, {config.n_embd}: build one that fits with `build_laplacian.py --dim={config.n_embd}`")
+        raise UserError(
+            f"the Laplacian has F={len(L)} features; they must be as many as the head size, {D}, or as "
+            f"n_embd, {config.n_embd}: build one that fits with `build_laplacian.py --dim={config.n_embd}`"
+        )
     return torch.stack(heads).float()
 
 
@@ -179,16 +199,29 @@ def spectral_roots(L):
     return (U * eigenvalues.clamp_min(0).sqrt()[:, None]).float()
 
 
+class Seen(NamedTuple):
+    """What an attention layer makes of a text: the energies of its queries and keys, and what tau_attention() is given."""
+
+    E_q: torch.Tensor  # (B, T, H)
+    E_k: torch.Tensor  # (B, T, Hkv)
+    lambda_q: torch.Tensor  # (B, H, T)
+    lambda_k: torch.Tensor  # (B, Hkv, T)
+    temperature: torch.Tensor | float
+    log_decay: torch.Tensor | None
+    key_bias: torch.Tensor | None
+
+
 class Attention(nn.Module):
     """As published, without a switch:
 
-        q, k, v            = norm(rope(query(x))), norm(rope(key(x))), value(x)
-        lambda_q, lambda_k = bounded(energy(q, laplacian), tau), bounded(energy(k, laplacian), tau)
-        y                  = out(tau_attention(lambda_q, lambda_k, v, temperature))"""
+    q, k, v            = norm(rope(query(x))), norm(rope(key(x))), value(x)
+    lambda_q, lambda_k = bounded(energy(q, laplacian), tau), bounded(energy(k, laplacian), tau)
+    y                  = out(tau_attention(lambda_q, lambda_k, v, temperature))"""
 
     def __init__(self, config, layer):
         super().__init__()
         self.config, self.layer = config, layer
+        self.operator = tau_attention if config.attention == "tau" else dot_attention
         C, D, H, Hkv = config.n_embd, config.head_size, config.n_head, config.n_kv_head
         far_kv = Hkv - config.local_kv_heads  # heads of keys that all later tokens see
         self.query = nn.Linear(C, H * D, bias=False)
@@ -228,7 +261,7 @@ class Attention(nn.Module):
             qkv = torch.cat(projected, -1)
             past = qkv if cache is None else cache.recent(self.layer, "qkv", qkv, config.conv - 1, 1)
             past = F.pad(past, (0, 0, qkv.size(1) + config.conv - 1 - past.size(1), 0))
-            qkv = qkv + sum(tap * past[:, i:i + qkv.size(1)] for i, tap in enumerate(self.taps))
+            qkv = qkv + sum(tap * past[:, i : i + qkv.size(1)] for i, tap in enumerate(self.taps))
             projected = qkv.split([p.size(-1) for p in projected], -1)
         q, k, v = (p.unflatten(-1, (-1, config.head_size)) for p in projected)
         qk = torch.cat([q.unflatten(2, (config.n_kv_head, -1)).movedim(3, 1), k[:, None]], 1)
@@ -244,6 +277,9 @@ class Attention(nn.Module):
         if self.config.spectral_filter:
             return filtered_energy(x, laplacian, self.log_filter.view(len(laplacian), -1)).view(qk.shape[:-1])
         return (energy if cache is None else cache.energy)(x, laplacian).view(qk.shape[:-1])
+
+    def lambdas(self, E):
+        return bounded(E, self.log_tau.exp())
 
     def switches(self, x):
         """What the switches add to a head's logits, of x (B, T, C): sharpness (H,), log_decay (B, H, T) and key_bias (B, Hkv, T);
@@ -279,14 +315,14 @@ class Attention(nn.Module):
             near, qk, v, sharpness, log_decay, key_bias = self.local(qk, v, sharpness, log_decay, key_bias, cache)
         if config.attention == "tau":
             E = self.energies(qk, laplacian, cache)
-            queries, keys = queries_keys(bounded(E, self.log_tau.exp()))  # (B, H, T), (B, Hkv, T)
-            operator, scale = tau_attention, config.temperature / sharpness
+            queries, keys = queries_keys(self.lambdas(E))  # (B, H, T), (B, Hkv, T)
+            scale = config.temperature / sharpness
             if self.seen is not None:
-                self.seen.append((*(e.transpose(1, 2) for e in queries_keys(E.detach())), scale, log_decay, key_bias))
+                self.seen.append(Seen(*(e.transpose(1, 2) for e in queries_keys(E.detach())), queries, keys, scale, log_decay, key_bias))
         else:
             queries, keys = queries_keys(qk)  # (B, H, T, D), (B, Hkv, T, D)
-            operator, scale = dot_attention, DOT_SCALE * sharpness
-        attend = operator if cache is None else cache.attend(self.layer, operator)
+            scale = DOT_SCALE * sharpness
+        attend = self.operator if cache is None else cache.attend(self.layer, self.operator)
         y = attend(queries, keys, v, scale, log_decay, key_bias)
         if config.local_heads:
             y = torch.cat([near, y], 1)
@@ -339,7 +375,7 @@ class Tauformer(nn.Module):
         if config.attention == "tau":
             if laplacian is None:
                 raise UserError('attention = "tau" needs a Laplacian')
-            laplacian = head_laplacians(laplacian, config)[config.local_kv_heads:]  # (Hkv, D, D)
+            laplacian = head_laplacians(laplacian, config)[config.local_kv_heads :]  # (Hkv, D, D)
             self.register_buffer("laplacian", spectral_roots(laplacian) if config.spectral_filter else laplacian, persistent=False)
         else:
             self.laplacian = None
@@ -379,8 +415,7 @@ class Tauformer(nn.Module):
             return x
         if targets is None:
             return self.logits(x)
-        return ChunkedLoss.apply(x.flatten(0, 1), self.head.weight, targets.flatten(), self.config.softcap,
-                                 torch.is_grad_enabled())
+        return ChunkedLoss.apply(x.flatten(0, 1), self.head.weight, targets.flatten(), self.config.softcap, torch.is_grad_enabled())
 
     def logits(self, x):
         """(..., V) float32 of what forward() gives without the head, (..., C)."""
@@ -388,9 +423,7 @@ class Tauformer(nn.Module):
 
     @contextmanager
     def recording(self):
-        """Yields a list to which every forward pass inside, without dropout, appends for each block the energies of its
-        queries and keys, E_q (B, T, H) and E_k (B, T, Hkv), and what else its weights are made of: temperature, log_decay,
-        key_bias, as tau_attention takes them."""
+        """Yields a list to which every forward pass inside, without dropout, appends a Seen for each block of tau attention."""
         seen, training = [], self.training
         self.eval()
         try:

@@ -11,15 +11,16 @@ from functools import partial
 from pathlib import Path
 
 import matplotlib
+
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-import checkpoint
-from build_laplacian import load_laplacian
 from common import NUMBER, Parser, UserError, check_place, read_lines, replacing, run
-from model import head_laplacians
+from data.laplacian import load_laplacian
+from model import head_laplacians, kron_reduction
+from training import checkpoint
 
 
 def read_metrics(folder):
@@ -46,8 +47,7 @@ def draw_losses(axis, runs, key, label, max_loss):
 
 def draw_energies(axis, runs):
     for number, (name, metrics) in enumerate(runs.items()):
-        points = [[record[key] for key in ("tokens", "E_p05", "E_p50", "E_p95", "tau")]
-                  for record in metrics["val"] if "tau" in record]
+        points = [[record[key] for key in ("tokens", "E_p05", "E_p50", "E_p95", "tau")] for record in metrics["val"] if "tau" in record]
         if points:
             tokens, low, median, high, tau = zip(*points)
             axis.fill_between(tokens, low, high, color=f"C{number}", alpha=0.2, label=f"{name}, p05 to p95")
@@ -109,19 +109,23 @@ def laplacian_panels(L, heads):
     return [partial(draw_spectra, L=L, heads=heads), partial(draw_adjacency, L=L), partial(draw_degrees, L=L)]
 
 
-def overview(sources, folders, max_loss):
-    """The panels of the usual figure, functions of an axis."""
+def overview(sources, folders, max_loss, n_head):
+    """The panels of the usual figure, functions of an axis. n_head: into how many heads to divide a Laplacian's file."""
     runs, L, heads = {str(folder): read_metrics(folder) for folder in folders}, None, []
     for source in sources:
         if L is None and source.suffix == ".parquet":
             L = torch.from_numpy(load_laplacian(source))
+            heads = [kron_reduction(L, slice(at, at + len(L) // n_head)) for at in range(0, len(L), len(L) // n_head)] if n_head else []
         elif L is None and any(source.glob("*.safetensors")):
             path = checkpoint.find(source)
             tensors, header = checkpoint.read(path)
             L, model = tensors.get("laplacian"), checkpoint.build_model(tensors, header, path)
             heads = head_laplacians(L, model.config) if L is not None and len(L) == model.config.n_embd else []
-    panels = [partial(draw_losses, runs=runs, key=key, label=label, max_loss=max_loss)
-              for key, label in (("tokens", "tokens"), ("elapsed_s", "seconds")) if runs]
+    panels = [
+        partial(draw_losses, runs=runs, key=key, label=label, max_loss=max_loss)
+        for key, label in (("tokens", "tokens"), ("elapsed_s", "seconds"))
+        if runs
+    ]
     if any("tau" in record for metrics in runs.values() for record in metrics["val"]):
         panels.append(partial(draw_energies, runs=runs))
     if L is not None:
@@ -136,7 +140,7 @@ def draw(panels, out):
     figure, axes = plt.subplots(rows, columns, figsize=(5.5 * columns, 4.5 * rows), layout="constrained", squeeze=False)
     for axis, draw in zip(axes.flat, panels):
         draw(axis)
-    for unused in axes.flat[len(panels):]:
+    for unused in axes.flat[len(panels) :]:
         unused.remove()
     with replacing(out) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
@@ -148,6 +152,7 @@ def main():
     options.add_argument("sources", nargs="+", type=Path, metavar="OUT_DIR_OR_LAPLACIAN")
     options.add_argument("--out", type=Path, help="(default: figure.png in the first OUT_DIR)")
     options.add_argument("--bands", action="store_true", help="the energies of every layer and head instead (bands.png)")
+    options.add_argument("--n_head", type=int, help="of a Laplacian's file, also the spectra of a model's heads, n_embd being F")
     options.add_argument("--max_loss", type=float, help="upper end of the losses' axis (default: the highest)")
     options.add_argument("--overwrite", action="store_true", help="replace a figure that is there already")
     args = options.parse_args()
@@ -164,7 +169,7 @@ def main():
         tokens, lambdas = read_diagnostics(folders[0])
         panels = [partial(draw_bands, layer=layer, tokens=tokens, lambdas=lambdas[:, layer]) for layer in range(lambdas.shape[1])]
     else:
-        panels = overview(args.sources, folders, args.max_loss)
+        panels = overview(args.sources, folders, args.max_loss, args.n_head)
     draw(panels, out)
 
 

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import checkpoint
-from cache import StreamCache, make_cache
 from common import Parser, UserError, choose_device, run
 from data import tokenizer as tokenizers
-from generate import PIECE, decode_n_tokens, for_decoding
+from decoding.cache import StreamCache, make_cache
+from decoding.generate import PIECE, decode_n_tokens, for_decoding
+from training import checkpoint
 
 BATCH = 64  # samples generated at a time
 
@@ -52,10 +52,10 @@ class Text:
         places = [place for stop in self.stops if (place := self.held.find(stop)) >= 0]
         if places:
             self.stopped, keep = True, 0
-            self.held = self.held[:min(places)]
+            self.held = self.held[: min(places)]
         else:
             keep = 0 if last else max((n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0)
-        shown, self.held = self.held[:len(self.held) - keep], self.held[len(self.held) - keep:]
+        shown, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
         return shown
 
 
@@ -83,9 +83,17 @@ def samples(args, model, tokenizer, prompts, session=None, show=None):
 
     with tqdm(total=len(rows) * args.max_new_tokens, unit=" tokens", disable=True if show else None) as progress:
         for first in range(0, len(rows), BATCH):
-            batch = texts[first:first + BATCH]
-            for row, token in decode_n_tokens(model, *zip(*rows[first:first + BATCH]), args.max_new_tokens, args.temperature, args.top_k,
-                                              args.top_p, session or args.cache, stop):
+            batch = texts[first : first + BATCH]
+            for row, token in decode_n_tokens(
+                model,
+                *zip(*rows[first : first + BATCH]),
+                args.max_new_tokens,
+                args.temperature,
+                args.top_k,
+                args.top_p,
+                session or args.cache,
+                stop,
+            ):
                 progress.update()
                 piece(first + row, batch[row].end() if token in stop else batch[row].add(token), 1)
                 if all(text.stopped for text in batch):
@@ -106,12 +114,12 @@ def interactive(args, model, tokenizer):
             return
         if not line:
             return
-        count, begin = 0, time.perf_counter()
+        counts, begin = [], time.perf_counter()
 
         def show(piece, tokens):
-            nonlocal count
-            count += tokens
+            counts.append(tokens)
             print(piece, end="", flush=True)
+
         try:
             samples(args, model, tokenizer, [prompt_tokens(line.rstrip("\n"), tokenizer)], show=show)
         except KeyboardInterrupt:
@@ -121,7 +129,7 @@ def interactive(args, model, tokenizer):
             continue
         seconds = time.perf_counter() - begin
         print(flush=True)
-        print(f"[{count} tokens, {count / seconds:.1f} tokens/s]", file=sys.stderr)
+        print(f"[{sum(counts)} tokens, {sum(counts) / seconds:.1f} tokens/s]", file=sys.stderr)
 
 
 @torch.no_grad()
@@ -135,12 +143,13 @@ def score(model, tokens, cache_name):
         cache = make_cache(cache_name if endless else "plain", model.config, device)
         for start in range(begin, min(begin + window, len(tokens) - 1), PIECE):
             stop = min(start + PIECE, begin + window, len(tokens) - 1)
-            idx, targets = (torch.tensor([tokens[start + s:stop + s]], device=device) for s in (0, 1))
+            idx, targets = (torch.tensor([tokens[start + s : stop + s]], device=device) for s in (0, 1))
             total += F.cross_entropy(model.logits(model(idx, cache=cache, head=False))[0], targets[0], reduction="sum").item()
     return total / (len(tokens) - 1)
 
 
-def main():
+def arguments():
+    """The command line. Raises UserError for values that make no sense, alone or together."""
     options = Parser(__doc__)
     options.add_argument("out_dir", metavar="OUT_DIR", help="output folder of train.py; its best checkpoint is taken")
     options.add_argument("--prompt", help="text to go on from (default: the beginning of a document)")
@@ -150,24 +159,46 @@ def main():
     options.add_argument("--score", metavar="FILE", help="loss, perplexity and bits per byte of a text; - for standard input")
     options.add_argument("--max_new_tokens", type=int, default=200, help="tokens to generate (default: %(default)s)")
     options.add_argument("--num_samples", type=int, default=1, help="of each prompt (default: %(default)s)")
-    options.add_argument("--temperature", type=float, default=0.8,
-                         help="of the sampling, not of the attention; 0: always the likeliest (default: %(default)s)")
+    options.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        help="of the sampling, not of the attention; 0: always the likeliest (default: %(default)s)",
+    )
     options.add_argument("--top_k", type=int, default=200, help="only the likeliest K; 0: all (default: %(default)s)")
-    options.add_argument("--top_p", type=float, default=1.0, help="only the likeliest that hold P of the mass "
-                                                                  "(default: %(default)s)")
-    options.add_argument("--stop", action="append", default=[], metavar="TEXT",
-                         help="end a sample before this text, or at the document's end; may be given again")
-    options.add_argument("--cache", choices=("exact", "stream", "none"), default="exact",
-                         help="exact; stream: memory that does not grow, and a context without an end; none: all is computed again "
-                              "for each token (default: %(default)s)")
-    options.add_argument("--session", type=Path, metavar="FILE",
-                         help="with --cache=stream: go on from this file, where it exists, and keep the context in it afterwards")
+    options.add_argument("--top_p", type=float, default=1.0, help="only the likeliest that hold P of the mass (default: %(default)s)")
+    options.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end a sample before this text, or at the document's end; may be given again",
+    )
+    options.add_argument(
+        "--cache",
+        choices=("exact", "stream", "none"),
+        default="exact",
+        help="exact; stream: memory that does not grow, and a context without an end; none: all is computed again "
+        "for each token (default: %(default)s)",
+    )
+    options.add_argument(
+        "--session",
+        type=Path,
+        metavar="FILE",
+        help="with --cache=stream: go on from this file, where it exists, and keep the context in it afterwards",
+    )
     options.add_argument("--seed", type=int, default=1337, help="(default: %(default)s)")
     options.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: %(default)s)")
     args = options.parse_args()
-    for name, good in (("max_new_tokens", 0 <= args.max_new_tokens < 2**31), ("num_samples", 1 <= args.num_samples <= 4096),
-                       ("temperature", 0 <= args.temperature < float("inf")), ("top_k", args.top_k >= 0),
-                       ("top_p", 0 < args.top_p <= 1), ("seed", 0 <= args.seed < 2**31), ("stop", all(args.stop))):
+    for name, good in (
+        ("max_new_tokens", 0 <= args.max_new_tokens < 2**31),
+        ("num_samples", 1 <= args.num_samples <= 4096),
+        ("temperature", 0 <= args.temperature < float("inf")),
+        ("top_k", args.top_k >= 0),
+        ("top_p", 0 < args.top_p <= 1),
+        ("seed", 0 <= args.seed < 2**31),
+        ("stop", all(args.stop)),
+    ):
         if not good:
             raise UserError(f"--{name}={getattr(args, name)} is out of range (--help lists the options)")
     sources = ("prompt", "prompt_file", "prompts", "interactive", "score")
@@ -179,7 +210,35 @@ def main():
         raise UserError(f"--session={args.session}: {'no writing to' if folder.exists() else 'there is no'} {folder}")
     if args.interactive and args.num_samples > 1:
         raise UserError("--interactive shows one sample of each prompt: leave --num_samples out")
+    return args
 
+
+def write_score(args, model, tokenizer):
+    tokens = tokenizer.encode(read(args.score))
+    if len(tokens) < 2:
+        raise UserError(f"{args.score} holds {len(tokens)} tokens: at least 2 are needed")
+    loss = score(model, tokens, args.cache)
+    scored_bytes = len(tokenizer.decode_bytes(tokens[1:]))
+    print(
+        f"loss {loss:.4f} nats a token, perplexity {math.exp(min(loss, 700)):.2f}, bits per byte "
+        f"{loss * (len(tokens) - 1) / math.log(2) / max(1, scored_bytes):.4f}, {len(tokens) - 1:,} tokens"
+    )
+
+
+def prompts_of(args):
+    """The texts to go on from."""
+    if args.prompts is not None:
+        lines = read(args.prompts).replace("\r\n", "\n")
+        if not lines:
+            raise UserError(f"{args.prompts} holds no prompt")
+        return lines.removesuffix("\n").split("\n")
+    if args.prompt_file is not None:
+        return [read(args.prompt_file)]
+    return [(args.prompt or "").encode("utf-8", "surrogateescape").decode("utf-8", "replace")]
+
+
+def main():
+    args = arguments()
     device = choose_device(args.device)
     path = checkpoint.find(args.out_dir)
     tensors, header = checkpoint.read(path)
@@ -189,31 +248,14 @@ def main():
     if args.interactive:
         return interactive(args, model, tokenizer)
     if args.score is not None:
-        text = read(args.score)
-        tokens = tokenizer.encode(text)
-        if len(tokens) < 2:
-            raise UserError(f"{args.score} holds {len(tokens)} tokens: at least 2 are needed")
-        loss = score(model, tokens, args.cache)
-        scored_bytes = len(tokenizer.decode_bytes(tokens[1:]))
-        print(f"loss {loss:.4f} nats a token, perplexity {math.exp(min(loss, 700)):.2f}, bits per byte "
-              f"{loss * (len(tokens) - 1) / math.log(2) / max(1, scored_bytes):.4f}, {len(tokens) - 1:,} tokens")
-        return
+        return write_score(args, model, tokenizer)
     session = make_cache("stream", model.config, device) if args.session else None
     if session and args.session.exists():
         session = StreamCache.load(args.session, model.config, header["sha256"])
-    if args.prompts is not None:
-        lines = read(args.prompts).replace("\r\n", "\n")
-        if not lines:
-            raise UserError(f"{args.prompts} holds no prompt")
-        prompts = lines.removesuffix("\n").split("\n")
-    elif args.prompt_file is not None:
-        prompts = [read(args.prompt_file)]
-    else:
-        prompts = [(args.prompt or "").encode("utf-8", "surrogateescape").decode("utf-8", "replace")]
     if session and session.pending:  # an empty prompt adds nothing
-        prompts = [tokenizer.encode(prompt) for prompt in prompts]
+        prompts = [tokenizer.encode(prompt) for prompt in prompts_of(args)]
     else:
-        prompts = [prompt_tokens(prompt, tokenizer) for prompt in prompts]
+        prompts = [prompt_tokens(prompt, tokenizer) for prompt in prompts_of(args)]
 
     terminal = sys.stdout.isatty()
     texts = samples(args, model, tokenizer, prompts, session, (lambda piece, _: print(piece, end="", flush=True)) if terminal else None)

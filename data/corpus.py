@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common import Parser, UserError, output_folder, refuse_existing, replacing
+from data import checkpoint_file
 from data import tokenizer as tokenizers
 
 FILES = ("meta.json", "tokenizer.json", "train.bin", "val.bin")
@@ -32,13 +33,16 @@ def parser(description, out_dir):
     """The options that every prepare.py has."""
     options = Parser(description)
     options.add_argument("--out_dir", type=Path, default=out_dir, help="folder to write (default: %(default)s)")
-    options.add_argument("--tokenizer", default="bpe",
-                         help="bpe: trained on this corpus (default); char; a name of tiktoken's, such as gpt2; "
-                              "or the tokenizer of an output folder of train.py")
-    options.add_argument("--vocab_size", type=int, default=30522,
-                         help="of a bpe, the end token counted (default: %(default)s)")
-    options.add_argument("--val_fraction", type=float, default=0.01,
-                         help="part of the documents kept for validation (default: %(default)s)")
+    options.add_argument(
+        "--tokenizer",
+        default="bpe",
+        help="bpe: trained on this corpus (default); char; a name of tiktoken's, such as gpt2; "
+        "or the tokenizer of an output folder of train.py",
+    )
+    options.add_argument("--vocab_size", type=int, default=30522, help="of a bpe, the end token counted (default: %(default)s)")
+    options.add_argument(
+        "--val_fraction", type=float, default=0.01, help="part of the documents kept for validation (default: %(default)s)"
+    )
     options.add_argument("--overwrite", action="store_true", help="replace a corpus that is there already")
     return options
 
@@ -104,13 +108,13 @@ def _prepare(texts, source, args, one_document):
 
     training_texts = (text for split, text in pieces() if split == "train")
     if args.tokenizer == "bpe":
-        tokenizer = tokenizers.BPE.train(tqdm(training_texts, desc="training the tokenizer", unit=" documents",
-                                              disable=None), args.vocab_size)
+        tokenizer = tokenizers.BPE.train(
+            tqdm(training_texts, desc="training the tokenizer", unit=" documents", disable=None), args.vocab_size
+        )
     elif args.tokenizer == "char":
         tokenizer = tokenizers.Characters.train((text for _, text in pieces()), end_token=not one_document)
     elif Path(args.tokenizer).is_dir():
-        import checkpoint  # brings torch, which the other ways do not need
-        tokenizer = tokenizers.from_json(checkpoint.read(checkpoint.find(args.tokenizer))[1]["tokenizer"])
+        tokenizer = tokenizers.from_json(checkpoint_file.read(checkpoint_file.find(args.tokenizer))[1]["tokenizer"])
     else:
         tokenizer = tokenizers.BPE.named(args.tokenizer)
 
@@ -131,19 +135,32 @@ def _prepare(texts, source, args, one_document):
         for split, file in files.items():
             file.flush()
             if counts[split]["tokens"] < 2:
-                raise UserError(f"{source}: the {split} split is empty: the corpus is too small for "
-                                f"--val_fraction={args.val_fraction}")
-        baselines = unigram_and_bigram_loss(*(np.memmap(paths[f"{split}.bin"], dtype, "r") for split in counts),
-                                            tokenizer.vocab_size)
+                raise UserError(f"{source}: the {split} split is empty: the corpus is too small for --val_fraction={args.val_fraction}")
+        baselines = unigram_and_bigram_loss(*(np.memmap(paths[f"{split}.bin"], dtype, "r") for split in counts), tokenizer.vocab_size)
         paths["tokenizer.json"].write_text(json.dumps(tokenizer.to_json()))
-        paths["meta.json"].write_text(json.dumps({
-            "source": str(source), "sha256": sha256, "tokenizer": tokenizer.kind,
-            "vocab_size": tokenizer.vocab_size, "dtype": dtype.name, "val_fraction": args.val_fraction, **counts,
-            "unigram_loss": baselines[0], "bigram_loss": baselines[1]}, indent=1) + "\n")
+        paths["meta.json"].write_text(
+            json.dumps(
+                {
+                    "source": str(source),
+                    "sha256": sha256,
+                    "tokenizer": tokenizer.kind,
+                    "vocab_size": tokenizer.vocab_size,
+                    "dtype": dtype.name,
+                    "val_fraction": args.val_fraction,
+                    **counts,
+                    "unigram_loss": baselines[0],
+                    "bigram_loss": baselines[1],
+                },
+                indent=1,
+            )
+            + "\n"
+        )
 
     for split, count in counts.items():
-        print(f"{args.out_dir / split}.bin: {count['documents']:,} documents, {count['tokens']:,} tokens, "
-              f"{count['bytes'] / count['tokens']:.2f} bytes a token")
+        print(
+            f"{args.out_dir / split}.bin: {count['documents']:,} documents, {count['tokens']:,} tokens, "
+            f"{count['bytes'] / count['tokens']:.2f} bytes a token"
+        )
     print(f"vocabulary: {tokenizer.vocab_size:,} ({tokenizer.kind})")
     print(f"validation loss to beat, nats a token: unigram {baselines[0]:.3f}, bigram {baselines[1]:.3f}")
 
@@ -175,7 +192,7 @@ def unigram_and_bigram_loss(train, val, vocab_size):
     n_pair = np.zeros(len(pairs), np.int64)
     n = np.zeros(vocab_size, np.int64)
     for start in tqdm(range(0, len(train), COUNT_TOKENS), desc="counting", disable=None, leave=False):
-        tokens = np.asarray(train[start:start + COUNT_TOKENS + 1], np.int64)
+        tokens = np.asarray(train[start : start + COUNT_TOKENS + 1], np.int64)
         n += np.bincount(tokens[:COUNT_TOKENS], minlength=vocab_size)
         seen, times = np.unique(tokens[:-1] * vocab_size + tokens[1:], return_counts=True)
         at = np.minimum(np.searchsorted(pairs, seen), len(pairs) - 1)
@@ -196,21 +213,25 @@ class Corpus:
             self.meta = json.loads((self.folder / "meta.json").read_text())
             self.tokenizer = tokenizers.from_json(json.loads((self.folder / "tokenizer.json").read_text()))
             self.vocab_size = self.meta["vocab_size"]
-            self.train, self.val = (np.memmap(self.folder / f"{split}.bin", self.meta["dtype"], "r")
-                                    for split in ("train", "val"))
-            whole = (len(self.train) == self.meta["train"]["tokens"] and len(self.val) == self.meta["val"]["tokens"]
-                     and self.vocab_size == self.tokenizer.vocab_size and self.meta["val"]["bytes"] > 0
-                     and self.meta["dtype"] in ("uint16", "uint32"))
+            self.train, self.val = (np.memmap(self.folder / f"{split}.bin", self.meta["dtype"], "r") for split in ("train", "val"))
+            whole = (
+                len(self.train) == self.meta["train"]["tokens"]
+                and len(self.val) == self.meta["val"]["tokens"]
+                and self.vocab_size == self.tokenizer.vocab_size
+                and self.meta["val"]["bytes"] > 0
+                and self.meta["dtype"] in ("uint16", "uint32")
+            )
         except FileNotFoundError as error:
             name = self.folder.name
             name = name if (Path(__file__).parent / name / "prepare.py").exists() else "jsonl"
-            raise UserError(f"no corpus in {self.folder} ({Path(error.filename).name} is missing): make it with "
-                            f"`python data/{name}/prepare.py --out_dir={self.folder}` (--help)") from None
+            raise UserError(
+                f"no corpus in {self.folder} ({Path(error.filename).name} is missing): make it with "
+                f"`python data/{name}/prepare.py --out_dir={self.folder}` (--help)"
+            ) from None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"damaged corpus in {self.folder} ({error}): prepare it again with --overwrite") from None
         if not whole:
-            raise UserError(f"damaged corpus in {self.folder}: its files are not what meta.json says: prepare it "
-                            "again with --overwrite")
+            raise UserError(f"damaged corpus in {self.folder}: its files are not what meta.json says: prepare it again with --overwrite")
 
     def documents(self, split):
         """The texts of the documents of "train" or "val", in order."""
@@ -220,10 +241,13 @@ class Corpus:
             try:
                 return self.tokenizer.decode_bytes(tokens[begin:stop].tolist()).decode()
             except (UnicodeDecodeError, IndexError):
-                raise UserError(f"damaged corpus: {self.folder / split}.bin is no text between the tokens {begin} and "
-                                f"{stop}: prepare it again with --overwrite") from None
+                raise UserError(
+                    f"damaged corpus: {self.folder / split}.bin is no text between the tokens {begin} and "
+                    f"{stop}: prepare it again with --overwrite"
+                ) from None
+
         for start in range(0, len(tokens), COUNT_TOKENS):
-            for stop in start + np.flatnonzero(tokens[start:start + COUNT_TOKENS] == end):
+            for stop in start + np.flatnonzero(tokens[start : start + COUNT_TOKENS] == end):
                 yield text(stop)
                 begin = stop + 1
         if begin < len(tokens):  # one running text has no end token
@@ -232,10 +256,12 @@ class Corpus:
     def batch(self, starts, length, split):
         """int64 (len(starts), length + 1): the windows of a split that begin at starts."""
         tokens = getattr(self, split)
-        windows = np.stack([tokens[start:start + length + 1] for start in starts]).astype(np.int64)
+        windows = np.stack([tokens[start : start + length + 1] for start in starts]).astype(np.int64)
         if windows.max() >= self.vocab_size:
-            raise UserError(f"damaged corpus: {self.folder / split}.bin holds token {windows.max()}, past its "
-                            f"vocabulary of {self.vocab_size}: prepare it again with --overwrite")
+            raise UserError(
+                f"damaged corpus: {self.folder / split}.bin holds token {windows.max()}, past its "
+                f"vocabulary of {self.vocab_size}: prepare it again with --overwrite"
+            )
         return windows
 
     def bits_per_byte(self, loss):
@@ -264,6 +290,7 @@ def opened(path):
         start = file.read(6)
     if start.startswith(ZSTD):
         import pyarrow
+
         file = io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
     else:
         module = next((module for magic, module in COMPRESSED.items() if start.startswith(magic)), builtins)
@@ -305,6 +332,7 @@ def hub_dataset(name, revision):
     """The splits of a data set of the Hugging Face hub, through its cache."""
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are not the user's concern
     import datasets
+
     try:
         return datasets.load_dataset(name, revision=revision)
     except Exception as error:  # the library has no common base for "no network" and "no such data set"

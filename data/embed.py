@@ -26,6 +26,7 @@ def lsa(texts, dim, seed):
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.preprocessing import normalize
+
     vectorizer = TfidfVectorizer(sublinear_tf=True, min_df=2, max_features=50_000)
     try:
         tfidf = vectorizer.fit_transform(texts)
@@ -34,13 +35,19 @@ def lsa(texts, dim, seed):
     except ValueError:  # no word stands in two documents
         raise UserError("no word occurs in two documents: the corpus is too small for --model=lsa") from None
     if dim >= min(tfidf.shape):
-        raise UserError(f"--dim={dim} needs more than {dim} documents and words; the corpus has {tfidf.shape[0]} and "
-                        f"{tfidf.shape[1]}: take a smaller --dim")
+        raise UserError(
+            f"--dim={dim} needs more than {dim} documents and words; the corpus has {tfidf.shape[0]} and "
+            f"{tfidf.shape[1]}: take a smaller --dim"
+        )
     svd = TruncatedSVD(dim, random_state=seed)
     documents = svd.fit_transform(tfidf)
     rotation = varimax(svd.components_.T)
-    return (normalize(documents @ rotation).astype(np.float32), vectorizer.get_feature_names_out().astype(str),
-            vectorizer.idf_, (svd.components_.T @ rotation).astype(np.float32))
+    return (
+        normalize(documents @ rotation).astype(np.float32),
+        vectorizer.get_feature_names_out().astype(str),
+        vectorizer.idf_,
+        (svd.components_.T @ rotation).astype(np.float32),
+    )
 
 
 def lsa_embeddings(texts, path):
@@ -48,6 +55,7 @@ def lsa_embeddings(texts, path):
     its words."""
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.preprocessing import normalize
+
     try:
         with np.load(path) as file:
             words, idf, vectors = file["words"], file["idf"], file["vectors"]
@@ -64,6 +72,7 @@ def lsa_token_embeddings(tokenizer, words, idf, vectors):
     """(V, F) float32: for each token the mean vector of the words that it is a part of, each as often as there are documents
     with it; rows of zeros for tokens that stand in no word."""
     from scipy.sparse import csr_array
+
     tokens, parts = [], []
     for number, word in enumerate(words):
         for form in (word, f" {word}", word.capitalize(), f" {word.capitalize()}", word.upper()):
@@ -84,7 +93,7 @@ def varimax(loadings):
         turned = loadings @ rotation
         left, _, right = np.linalg.svd(loadings.T @ (turned**3 - turned * (turned**2).mean(0)))
         rotation = left @ right
-    return rotation * np.sign(((loadings @ rotation)**3).sum(0))
+    return rotation * np.sign(((loadings @ rotation) ** 3).sum(0))
 
 
 def sentence_model(texts, name, dim=None):
@@ -93,13 +102,15 @@ def sentence_model(texts, name, dim=None):
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
-        raise UserError(f"{name!r}, as a sentence model, needs sentence-transformers: `pip install sentence-transformers`; "
-                        "lsa needs nothing") from None
+        raise UserError(
+            f"{name!r}, as a sentence model, needs sentence-transformers: `pip install sentence-transformers`; lsa needs nothing"
+        ) from None
     try:
         model = SentenceTransformer(name)
     except Exception as error:  # whatever the hub's client raises without a network
-        raise UserError(f"{name!r} could not be loaded as a sentence model ({type(error).__name__}): give the path of a "
-                        "downloaded one; lsa needs none") from None
+        raise UserError(
+            f"{name!r} could not be loaded as a sentence model ({type(error).__name__}): give the path of a downloaded one; lsa needs none"
+        ) from None
     F = len(model.encode(""))
     if dim not in (None, F):
         raise UserError(f"--dim={dim}: {name} makes {F} features; leave --dim out here and give it to build_laplacian.py")
@@ -120,8 +131,9 @@ def main():
     options.add_argument("data_dir", type=Path, metavar="DATA_DIR", help="a prepared corpus")
     options.add_argument("--model", default="lsa", help="lsa (default), or a sentence-transformers model")
     options.add_argument("--dim", type=int, help="features F of lsa (default: 384)")
-    options.add_argument("--documents", type=int, help="only the first so many; lsa holds its words in memory, about "
-                                                       "2 KB a document (default: all)")
+    options.add_argument(
+        "--documents", type=int, help="only the first so many; lsa holds its words in memory, about 2 KB a document (default: all)"
+    )
     options.add_argument("--seed", type=int, default=0, help="of the randomised SVD (default: %(default)s)")
     options.add_argument("--overwrite", action="store_true", help="replace embeddings that are there already")
     args = options.parse_args()

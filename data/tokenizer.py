@@ -26,14 +26,14 @@ class BPE:
         self.bytes_of = {i: token.encode("latin-1") for i, token in enumerate(tokens) if token is not None}
         ranks = {token: i for i, token in self.bytes_of.items()}
         self.bytes_of[end_token] = END_TEXT.encode()
-        self.encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks,
-                                          special_tokens={END_TEXT: end_token})
+        self.encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_TEXT: end_token})
 
     @classmethod
     def train(cls, texts, vocab_size):
         """Byte-level BPE trained on an iterator of texts; the end token is the last of the vocab_size tokens.
         A corpus too small for vocab_size - 257 merges gives a smaller vocabulary."""
         import rustbpe
+
         trainer = rustbpe.Tokenizer()
         trainer.train_from_iterator(texts, vocab_size=vocab_size - 1)
         ranks = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
@@ -43,13 +43,16 @@ class BPE:
     def named(cls, name):
         """A vocabulary tiktoken knows by name, such as "gpt2" (its first use downloads it)."""
         if name not in tiktoken.list_encoding_names():
-            raise UserError(f"unknown tokenizer {name!r}: bpe, char, an output folder of train.py, "
-                            f"or one of {', '.join(tiktoken.list_encoding_names())}")
+            raise UserError(
+                f"unknown tokenizer {name!r}: bpe, char, an output folder of train.py, "
+                f"or one of {', '.join(tiktoken.list_encoding_names())}"
+            )
         try:
             encoding = tiktoken.get_encoding(name)
         except Exception as error:
-            raise UserError(f"tokenizer {name!r} could not be downloaded ({type(error).__name__}): "
-                            "use --tokenizer=bpe, which needs no network") from None
+            raise UserError(
+                f"tokenizer {name!r} could not be downloaded ({type(error).__name__}): use --tokenizer=bpe, which needs no network"
+            ) from None
         tokens = [None] * (max(encoding._mergeable_ranks.values()) + 1)
         for token, rank in encoding._mergeable_ranks.items():
             tokens[rank] = token.decode("latin-1")
@@ -88,8 +91,7 @@ class Characters:
         try:
             return [self.id_of[character] for character in text]
         except KeyError as error:
-            raise UserError(f"character {error.args[0]!r} is not among the {len(self.tokens)} of the training text: "
-                            "leave it out") from None
+            raise UserError(f"character {error.args[0]!r} is not among the {len(self.tokens)} of the training text: leave it out") from None
 
     def encode_batch(self, texts):
         return [self.encode(text) for text in texts]

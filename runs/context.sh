@@ -4,7 +4,7 @@
 #
 #     bash runs/context.sh FILE.jsonl
 #
-# It needs a million tokens or more: 5 % are for validation, 51,200 at least. The table goes to results/context.json.
+# It needs a million tokens or more: 5 % are for validation, 51,200 at least. The table goes to results/my_context.json.
 [ $# -ge 1 ] || { echo 'usage: bash runs/context.sh FILE.jsonl' >&2; exit 2; }
 [ -f "$1" ] || { echo "runs/context.sh: $1 is not a file" >&2; exit 2; }
 jsonl=$(realpath "$1")

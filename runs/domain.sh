@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Does the domain's memory matter? The quick start's model on two domains, the documentation of Python and a JSONL file of
-# yours (the README's figures are of security advisories), for 500 steps:
+# yours (docs/domain_memory.md's figures are of security advisories), for 500 steps:
 #
 #     bash runs/domain.sh FILE.jsonl ["1 2 3"]
 #
@@ -8,16 +8,17 @@
 #    or the domain's own, all of the corpus or a tenth of it.
 # 2. The models of Python's documentation, fine-tuned on the other domain: with their own memory, with that domain's, or
 #    with a random one.
-# 3. The models of all of the corpus with their own graph, their memory swapped for another: results/NAME_swaps.jsonl.
+# 3. The models of all of the corpus with their own graph, their memory swapped for another: results/my_NAME_swaps.jsonl.
 #
-# 4. How well energies tell the other domain's held-out documents from Python's: results/NAME_energies.txt.
+# 4. How well energies tell the other domain's held-out documents from Python's: results/my_NAME_energies.txt.
 #
 # 66 runs for three seeds, an hour and a half on two cores. Finished ones are left, those interrupted go on. Their lines go to
-# results/NAME.jsonl, NAME=my_domain unless it is set (NAME=domain are the README's).
+# results/my_NAME.jsonl, NAME=domain unless it is set.
 [ $# -ge 1 ] || { echo 'usage: bash runs/domain.sh FILE.jsonl ["SEEDS"]' >&2; exit 2; }
 [ -f "$1" ] || { echo "runs/domain.sh: $1 is not a file" >&2; exit 2; }
-text=$(realpath "$1") seeds=${2:-1 2 3} name=${NAME:-my_domain}
+text=$(realpath "$1") seeds=${2:-1 2 3}
 . "$(dirname "$0")/setup.sh"
+name=$(own_name "${NAME:-domain}")
 numbers SEEDS "$seeds"
 own=$(corpus_name "$text")
 
@@ -68,4 +69,4 @@ done
 for graph in laplacian random; do
     show python data/energy.py $other --laplacian=$other/$graph.parquet --embeddings=$other --against=$python_docs --overwrite
 done | tee results/${name}_energies.txt
-show python study.py results/$name.jsonl
+show python studies/study.py results/$name.jsonl

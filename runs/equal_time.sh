@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Who is ahead after the same time at a long context? Tau with its switches against dot product with those that apply to it (on flash
-# attention, forget gate and key bias too), 4,096 tokens a step in one sequence, on a JSONL file of yours (the README's figures are
-# of security advisories):
+# attention, forget gate and key bias too), 4,096 tokens a step in one sequence, on a JSONL file of yours (the figures of
+# docs/quality.md are of security advisories):
 #
 #     bash runs/equal_time.sh FILE.jsonl ["1 2 3"]
 #
 # Twenty minutes each (SECONDS_EACH=1200), the two side by side, of one thread each, with the machine to itself: an hour
-# for three seeds. Those that are finished are left. The losses go to results/NAME/, NAME=my_equal_time_FILE unless it is set (the
-# README's are in results/equal_time/).
+# for three seeds. Those that are finished are left. The losses go to results/my_NAME/, NAME=equal_time_FILE unless it is
+# set (those of docs/quality.md are in results/equal_time/).
 [ $# -ge 1 ] || { echo 'usage: bash runs/equal_time.sh FILE.jsonl ["SEEDS"]' >&2; exit 2; }
 [ -f "$1" ] || { echo "runs/equal_time.sh: $1 is not a file" >&2; exit 2; }
 text=$(realpath "$1") seeds=${2:-1 2 3}
@@ -15,7 +15,7 @@ text=$(realpath "$1") seeds=${2:-1 2 3}
 numbers SECONDS_EACH "${SECONDS_EACH:=1200}"
 numbers SEEDS "$seeds"
 own=$(corpus_name "$text")
-data=data/${own}_4096 name=${NAME:-my_equal_time_$own}
+data=data/${own}_4096 name=$(own_name "${NAME:-equal_time_$own}")
 
 bpe_corpus $data 4096 jsonl "$text"
 [ -f $data/embeddings.npy ] || show python data/embed.py $data --dim=256

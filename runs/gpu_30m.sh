@@ -6,12 +6,12 @@
 # a: tau_30m, the published run, 5,000 steps. b: its twin dot_30m, and tau_30m_best and dot_30m_best, 1,500 steps each, on the same
 # batches. c: of each that there is, three samples and the loss on the held-out records. LIMIT: seconds after which it ends; what is
 # unfinished is saved, and the same command goes on. The corpus and its Laplacian must be in DATA (data/cve; runs/tau_30m.sh makes
-# them). Metrics, samples and the table go to RESULTS (results/my_30m), checkpoints to out/gpu_30m. Options go to train.py. Needs no
+# them). Metrics, samples and the table go to results/my_NAME (NAME=30m), checkpoints to out/gpu_30m. Options go to train.py. Needs no
 # network: it takes .venv if there is one, else the python3 that is active (or PYTHON).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 deadline=$((SECONDS + ${LIMIT:-540}))
-data=${DATA:-data/cve} results=${RESULTS:-results/my_30m} parts=${PARTS:-a b c} models="tau_30m dot_30m tau_30m_best dot_30m_best"
+data=${DATA:-data/cve} results=results/my_${NAME:-30m} parts=${PARTS:-a b c} models="tau_30m dot_30m tau_30m_best dot_30m_best"
 [ ! -f .venv/bin/activate ] || . .venv/bin/activate
 python=${PYTHON:-python3}
 for file in train.bin val.bin laplacian.parquet; do

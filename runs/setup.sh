@@ -52,6 +52,8 @@ END
     timed "$@" $again
 }
 
+own_name() { echo "my_${1#my_}"; }  # of results: those that came with the repository have the same names without "my_", and stay
+
 numbers() {  # NAME "1 2 3": of what may be set
     [[ $2 =~ ^[0-9]+(\ +[0-9]+)*$ ]] || { echo "$0: $1=\"$2\" must be whole numbers" >&2; exit 2; }
 }

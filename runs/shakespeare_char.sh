@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # tau against its dot-product twin on Tiny Shakespeare characters, nanoGPT's CPU recipe: about six minutes on two cores.
-# Give the text's file, or none to load it through `datasets`. The losses go to results/.
+# Give the text's file, or none to load it through `datasets`. The losses go to results/my_shakespeare_char_*.
 text=${1:+$(realpath "$1")}
 . "$(dirname "$0")/setup.sh"
 
@@ -10,6 +10,6 @@ data=data/shakespeare_char
 
 for attention in tau dot; do
     show python train.py configs/shakespeare_char_$attention.toml --overwrite=True
-    cp out/shakespeare_char_$attention/metrics.jsonl results/shakespeare_char_$attention.jsonl
+    cp out/shakespeare_char_$attention/metrics.jsonl results/my_shakespeare_char_$attention.jsonl
 done
-show python plot.py out/shakespeare_char_tau out/shakespeare_char_dot --out=results/shakespeare_char.png --overwrite
+show python plot.py out/shakespeare_char_tau out/shakespeare_char_dot --out=results/my_shakespeare_char.png --overwrite

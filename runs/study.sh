@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
 # What each switch is worth, for tau and for its dot-product twin, on three corpora: Tiny Shakespeare characters, the
-# documentation of Python, and a JSONL file of yours (the README's figures are of security advisories).
+# documentation of Python, and a JSONL file of yours (docs/quality.md's figures are of security advisories).
 #
 #     bash runs/study.sh FILE.jsonl                        all of it
 #     bash runs/study.sh FILE.jsonl "tau + gate" dot       these rows only
 #
 # SEEDS="1 2 3" CORPORA="shakespeare_char python_docs FILE" TEXT=tinyshakespeare.txt (else loaded through `datasets`, unless
 # data/shakespeare_char is there) WORKERS=2 (runs at a time, of one thread each) OPTIONS="--max_steps=900 ..." (to every run; give
-# another NAME with them) NAME=my_study: what may be set. Runs go to
-# out/NAME/CORPUS/ROW/SEED, their lines to results/NAME.jsonl. Finished ones are left, interrupted ones go on; another NAME makes
-# them again. (NAME=study are the README's.)
+# another NAME with them) NAME=study: what may be set. Runs go to
+# out/my_NAME/CORPUS/ROW/SEED, their lines to results/my_NAME.jsonl. Finished ones are left, interrupted ones go on; another NAME makes
+# them again. (results/study.jsonl came with the repository: a copy of it as results/my_study.jsonl goes on.)
 [ $# -ge 1 ] || { echo 'usage: bash runs/study.sh FILE.jsonl ["ROW" ...]' >&2; exit 2; }
 for file in "$1" ${TEXT:+"$TEXT"}; do [ -f "$file" ] || { echo "runs/study.sh: $file is not a file" >&2; exit 2; }; done
-jsonl=$(realpath "$1") text=${TEXT:+$(realpath "$TEXT")} name=${NAME:-my_study}
+jsonl=$(realpath "$1") text=${TEXT:+$(realpath "$TEXT")} 
 shift
 . "$(dirname "$0")/setup.sh"
+name=$(own_name "${NAME:-study}")
 numbers SEEDS "${SEEDS:=1 2 3}"
 numbers WORKERS "${WORKERS:=2}"
 own=$(corpus_name "$jsonl")
@@ -105,4 +106,4 @@ export -f one last_line
 for seed in $SEEDS; do for corpus in $corpora; do
     while read -r row; do printf '%s\0%s\0%s\0' $corpus $seed "$row"; done <<< "$rows"
 done; done | xargs -0 -n 3 -P $WORKERS bash -o pipefail -c 'one "$@"' one || { echo "runs/study.sh: runs failed, see above" >&2; exit 1; }
-show python study.py "results/$name.jsonl" --rows --figure="results/$name.png" --overwrite
+show python studies/study.py "results/$name.jsonl" --rows --figure="results/$name.png" --overwrite

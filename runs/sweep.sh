@@ -3,15 +3,16 @@
 #
 #     bash runs/sweep.sh NAME CONFIG.toml "1 2 3" [--key=value ...]
 #
-# The runs go to out/NAME/seed_S, their lines to results/NAME.jsonl. Those that are finished are left, one that was
+# The runs go to out/NAME/seed_S, their lines to results/my_NAME.jsonl. Those that are finished are left, one that was
 # interrupted goes on.
 [ $# -ge 3 ] || { echo 'usage: bash runs/sweep.sh NAME CONFIG.toml "SEEDS" [--key=value ...]' >&2; exit 2; }
 name=$1 config=$(realpath "$2") seeds=$3
 shift 3
 . "$(dirname "$0")/setup.sh"
+results=results/$(own_name "$name").jsonl
 
 for seed in $seeds; do
     show python train.py "$config" --seed="$seed" --init_from=auto --out_dir="out/$name/seed_$seed" \
-        --results="results/$name.jsonl" "$@"
+        --results="$results" "$@"
 done
-show python study.py "results/$name.jsonl"
+show python studies/study.py "$results"

@@ -7,9 +7,9 @@ for mode in fixed mean percentile adaptive gradient learned; do
     for config in quickstart_published shakespeare_char_tau; do
         for seed in 1 2 3; do
             show python train.py configs/$config.toml --tau_mode=$mode --seed=$seed --init_from=auto \
-                --out_dir=out/tau_modes/$config/$mode/$seed --results=results/tau_modes.jsonl
+                --out_dir=out/tau_modes/$config/$mode/$seed --results=results/my_tau_modes.jsonl
         done
     done
 done
-show python study.py results/tau_modes.jsonl
-show python plot.py out/tau_modes/quickstart_published/fixed/1 --bands --out=results/bands.png --overwrite
+show python studies/study.py results/my_tau_modes.jsonl
+show python plot.py out/tau_modes/quickstart_published/fixed/1 --bands --out=results/my_bands.png --overwrite

@@ -28,7 +28,7 @@ def pytest_runtest_setup(item):
 
 # Scripts run as a user runs them, a process each, but forked from one that has imported their packages: that takes 2 s.
 WARM = multiprocessing.get_context("forkserver")
-WARM.set_forkserver_preload(["conftest", "train", "sample", "plot", "data.embed", "data.energy"])
+WARM.set_forkserver_preload(["conftest", "train", "sample", "plot", "data.embed", "studies.energy"])
 
 
 def as_main(script, args, cwd, out, err):
@@ -43,8 +43,15 @@ def run_script(name, *args, cwd, stdin=None, env=None):
     """A script of the project, from another folder: its CompletedProcess."""
     script, args = ROOT / name, [str(arg) for arg in args]
     if stdin is not None or env is not None:
-        return subprocess.run([sys.executable, script, *args], cwd=cwd, input=stdin, capture_output=True, text=True, timeout=300,
-                              env={**os.environ, **(env or {})})
+        return subprocess.run(
+            [sys.executable, script, *args],
+            cwd=cwd,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**os.environ, **(env or {})},
+        )
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
         process = WARM.Process(target=as_main, args=(script, args, str(cwd), out, err))
@@ -53,8 +60,9 @@ def run_script(name, *args, cwd, stdin=None, env=None):
         if process.exitcode is None:
             process.kill()
             raise TimeoutError(f"{name} {args}")
-        return subprocess.CompletedProcess([str(script), *args], process.exitcode, *(path.read_text() if path.exists() else ""
-                                                                                    for path in (out, err)))
+        return subprocess.CompletedProcess(
+            [str(script), *args], process.exitcode, *(path.read_text() if path.exists() else "" for path in (out, err))
+        )
 
 
 def ok(name, *args, cwd, **more):
@@ -83,8 +91,7 @@ def metrics(folder):
 
 
 def untimed(records):
-    return [{key: value for key, value in record.items() if key not in ("tokens_per_s", "elapsed_s", "peak_mem_mb")}
-            for record in records]
+    return [{key: value for key, value in record.items() if key not in ("tokens_per_s", "elapsed_s", "peak_mem_mb")} for record in records]
 
 
 CONFIG = """

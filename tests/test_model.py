@@ -5,13 +5,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attention import add_terms, tau_attention
 from common import UserError
-from fused import ChunkedLoss, SquaredReluMLP
-from cache import Cache
-from dot import dot_attention, window_attention
-from model import (ModelConfig, Tauformer, bounded, energy, filtered_energy, head_laplacians,
-                   kron_reduction, norm, spectral_roots)
+from decoding.cache import Cache
+from model import ModelConfig, Tauformer, bounded, energy, filtered_energy, head_laplacians, kron_reduction, norm, spectral_roots
+from ops.attention import add_terms, tau_attention
+from ops.dot import dot_attention, window_attention
+from ops.fused import ChunkedLoss, SquaredReluMLP
 
 
 def random_laplacian(F, density=0.5, seed=0):
@@ -25,8 +24,7 @@ def random_laplacian(F, density=0.5, seed=0):
 
 def small(**changes):
     torch.manual_seed(0)
-    config = ModelConfig(**{"block_size": 24, "vocab_size": 50, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32}
-                         | changes)
+    config = ModelConfig(**{"block_size": 24, "vocab_size": 50, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32} | changes)
     model = Tauformer(config, random_laplacian(config.n_embd) if config.attention == "tau" else None)
     for weight in model.parameters():  # larger than at the start, so that attention and mask matter
         torch.nn.init.normal_(weight, std=0.3)
@@ -68,12 +66,25 @@ def test_energy_is_the_rayleigh_quotient():
     torch.testing.assert_close(energy(x.view(1, 1, 1, 8), L.view(1, 8, 8)).item(), expected.item())
 
 
-EXTRAS = [dict(learn_temperature=True), dict(forget="slope"), dict(forget="gate"), dict(conv=4), dict(key_bias=True),
-          dict(output_gate=True)]
+EXTRAS = [
+    dict(learn_temperature=True),
+    dict(forget="slope"),
+    dict(forget="gate"),
+    dict(conv=4),
+    dict(key_bias=True),
+    dict(output_gate=True),
+]
 OF_TAU = [dict(spectral_filter=True), dict(local_heads=2, local_window=5), dict(tau_rope=False)]
 ALL = functools.reduce(dict.__or__, [*EXTRAS, *OF_TAU])
-FORMS = [dict(attention="tau"), dict(attention="dot"), *EXTRAS, *OF_TAU, ALL, *(dict(attention="dot") | extra for extra in EXTRAS),
-         dict(attention="dot") | functools.reduce(dict.__or__, EXTRAS)]
+FORMS = [
+    dict(attention="tau"),
+    dict(attention="dot"),
+    *EXTRAS,
+    *OF_TAU,
+    ALL,
+    *(dict(attention="dot") | extra for extra in EXTRAS),
+    dict(attention="dot") | functools.reduce(dict.__or__, EXTRAS),
+]
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -95,8 +106,9 @@ def test_every_extra_changes_the_model_and_learns(extra):
     config = dict(block_size=300, vocab_size=50, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
     published, L, idx = Tauformer(ModelConfig(**config), random_laplacian(32)), random_laplacian(32), tokens(T=300)
     model = Tauformer(ModelConfig(**config | extra), L)
-    model.load_state_dict({name: weight for name, weight in published.state_dict().items()
-                           if weight.shape == model.state_dict()[name].shape}, strict=False)
+    model.load_state_dict(
+        {name: weight for name, weight in published.state_dict().items() if weight.shape == model.state_dict()[name].shape}, strict=False
+    )
     if "conv" in extra or "spectral_filter" in extra or "learn_temperature" in extra:
         torch.testing.assert_close(model(idx), published(idx), atol=1e-5, rtol=1e-5)
     else:
@@ -132,8 +144,9 @@ def test_window_attention_is_dense_attention_with_a_mask(T, window, terms):
     last = min(3, T)  # the last queries, with the keys that they see
     keys = slice(max(0, T - last - window + 1), None)
     some = [x[:, :, keys] if terms else None for x in (decay, bias)]
-    torch.testing.assert_close(window_attention(q[:, :, -last:], k[:, :, keys], v[:, :, keys], *some, window, scale),
-                               expected[:, :, -last:])
+    torch.testing.assert_close(
+        window_attention(q[:, :, -last:], k[:, :, keys], v[:, :, keys], *some, window, scale), expected[:, :, -last:]
+    )
 
 
 def test_dot_twin_forgets_as_tau_does():
@@ -151,13 +164,20 @@ def test_dot_twins_terms_are_those_of_the_logits(heads, terms):
     """Decay and bias as more numbers of q and k, against the softmax of the logits: values and every gradient."""
     torch.manual_seed(0)
     (H, Hkv), T, D = heads, 300, 8
-    inputs = [torch.randn(2, H, T, D), torch.randn(2, Hkv, T, D), torch.randn(2, Hkv, T, D), torch.rand(H) + 0.5,
-              -torch.rand(2, H, T) if terms != "bias" else None, torch.randn(2, Hkv, T) if terms != "decay" else None]
+    inputs = [
+        torch.randn(2, H, T, D),
+        torch.randn(2, Hkv, T, D),
+        torch.randn(2, Hkv, T, D),
+        torch.rand(H) + 0.5,
+        -torch.rand(2, H, T) if terms != "bias" else None,
+        torch.randn(2, Hkv, T) if terms != "decay" else None,
+    ]
     inputs = [x if x is None else x.double().requires_grad_() for x in inputs]
 
     def by_definition(q, k, v, scale, log_decay, key_bias):
         k, v = (x.repeat_interleave(H // Hkv, 1) for x in (k, v))
         return add_terms(scale.view(-1, 1, 1) * (q @ k.transpose(-1, -2)) / math.sqrt(D), log_decay, key_bias).softmax(-1) @ v
+
     results = []
     for function, dtype in ((by_definition, torch.float64), (dot_attention, torch.float32)):
         y = function(*(x if x is None else x.to(dtype) for x in inputs))
@@ -166,7 +186,9 @@ def test_dot_twins_terms_are_those_of_the_logits(heads, terms):
     for ours, expected in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(ours, expected, atol=3e-5 * expected.abs().max().item(), rtol=0)
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(dot_attention(*(x if x is None else x.float() for x in inputs)).double(), results[0][0], atol=3e-2, rtol=0)
+        torch.testing.assert_close(
+            dot_attention(*(x if x is None else x.float() for x in inputs)).double(), results[0][0], atol=3e-2, rtol=0
+        )
 
 
 @pytest.mark.parametrize("attention", ["tau", "dot"])
@@ -262,8 +284,7 @@ def test_kron_reduction_keeps_the_network():
     for i in range(4):
         for j in range(4):  # effective resistances
             a, b = 4 + i, 4 + j
-            torch.testing.assert_close(whole[a, a] + whole[b, b] - 2 * whole[a, b],
-                                       part[i, i] + part[j, j] - 2 * part[i, j])
+            torch.testing.assert_close(whole[a, a] + whole[b, b] - 2 * whole[a, b], part[i, i] + part[j, j] - 2 * part[i, j])
 
 
 def test_kron_reduction_by_elimination_and_by_harmonic_extension():
@@ -295,8 +316,7 @@ def test_laplacian_that_fits_nothing():
         Tauformer(ModelConfig(n_head=4, n_embd=32), random_laplacian(9))
 
 
-@pytest.mark.parametrize("wrong", [dict(n_head=5), dict(n_head=4, n_kv_head=3), dict(n_head=128), dict(attention="flash"),
-                                   dict(conv=1025)])
+@pytest.mark.parametrize("wrong", [dict(n_head=5), dict(n_head=4, n_kv_head=3), dict(n_head=128), dict(attention="flash"), dict(conv=1025)])
 def test_config_refusals(wrong):
     with pytest.raises(UserError):
         ModelConfig(**wrong)
@@ -319,8 +339,7 @@ def test_training_does_not_depend_on_the_implementation(monkeypatch):
     def losses(impl):
         monkeypatch.setattr("model.tau_attention", functools.partial(tau_attention, impl=impl))
         torch.manual_seed(0)
-        model = Tauformer(ModelConfig(block_size=70, vocab_size=50, n_layer=2, n_head=4, n_embd=32, temperature=0.1),
-                          random_laplacian(32))
+        model = Tauformer(ModelConfig(block_size=70, vocab_size=50, n_layer=2, n_head=4, n_embd=32, temperature=0.1), random_laplacian(32))
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         curve = []
         for _ in range(30):
@@ -331,6 +350,7 @@ def test_training_does_not_depend_on_the_implementation(monkeypatch):
             optimizer.step()
             curve.append(loss.item())
         return curve
+
     naive = losses("naive")
     assert naive[-1] < naive[0] - 0.05
     for impl in ("walk", "tree"):

@@ -1,7 +1,6 @@
 import pytest
-from matplotlib.image import imread
-
 from conftest import fails, ok
+from matplotlib.image import imread
 
 
 @pytest.mark.parametrize("args, panels", [(["out/small"], 5), (["out/small", "out/dot"], 5), (["docs/laplacian.parquet"], 2)])
@@ -14,10 +13,19 @@ def test_figures(work, tmp_path, args, panels):
     assert image.shape[1] > 500 * min(panels, 3) and image.std() > 0.05
 
 
-@pytest.mark.parametrize("args, expected", [
-    (["nowhere"], "nowhere"), (["docs/laplacian.parquet"], "--out"), (["out/small", "--out={tmp}/f.jpg"], ".png"),
-    (["out/small", "--out={tmp}/taken.png"], "--overwrite"), (["{tmp}/torn"], "line 1 is damaged"), (["{tmp}/few"], "damaged"),
-    (["{tmp}/none"], "no validation loss"), (["absent.parquet", "--out={tmp}/f.png"], "absent.parquet does not exist")])
+@pytest.mark.parametrize(
+    "args, expected",
+    [
+        (["nowhere"], "nowhere"),
+        (["docs/laplacian.parquet"], "--out"),
+        (["out/small", "--out={tmp}/f.jpg"], ".png"),
+        (["out/small", "--out={tmp}/taken.png"], "--overwrite"),
+        (["{tmp}/torn"], "line 1 is damaged"),
+        (["{tmp}/few"], "damaged"),
+        (["{tmp}/none"], "no validation loss"),
+        (["absent.parquet", "--out={tmp}/f.png"], "absent.parquet does not exist"),
+    ],
+)
 def test_mistakes(work, tmp_path, args, expected):
     (tmp_path / "taken.png").write_bytes(b"mine")
     for name, content in (("torn", '{"step": 0\n{"split": "v'), ("few", '{"split": "val"}'), ("none", "")):

@@ -5,12 +5,12 @@ import sys
 
 import pytest
 import torch
-
-import checkpoint
 from conftest import ROOT, fails, ok, run_script
+
 from data import tokenizer as tokenizers
-from generate import decode_n_tokens, for_decoding, probabilities, sample
+from decoding.generate import decode_n_tokens, for_decoding, probabilities, sample
 from sample import Text
+from training import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_draws_follow_the_probabilities():
     counts = torch.bincount(torch.cat([sample(p, generators)[0] for _ in range(20_000)]), minlength=4)
     assert counts[1] == 0
     expected = 20_000 * p[0, [0, 2, 3]]
-    assert ((counts[[0, 2, 3]] - expected)**2 / expected).sum() < 13.8  # chi-square, 2 degrees of freedom, p = 0.001
+    assert ((counts[[0, 2, 3]] - expected) ** 2 / expected).sum() < 13.8  # chi-square, 2 degrees of freedom, p = 0.001
 
 
 def test_the_layout_for_decoding_changes_no_number(trained):
@@ -70,7 +70,7 @@ def test_cached_generation_equals_uncached(trained):
             assert (model(context)[:, -1].argmax(-1) == produced).all()
         context = torch.cat([context, produced[:, None]], 1)
         if context.size(1) > T:
-            context = context[:, -(T // 2):]
+            context = context[:, -(T // 2) :]
     assert torch.equal(generate(model, prompts, 2 * T, cache="none"), tokens)
 
 
@@ -115,15 +115,19 @@ def test_pieces_are_whole_characters_and_end_at_a_stop(trained):
 def test_stop_ends_a_sample(work):
     whole = ok("sample.py", "out/small", "--max_new_tokens=60", "--temperature=0", cwd=work)
     stop = whole[20:23]
-    assert ok("sample.py", "out/small", "--max_new_tokens=60", "--temperature=0", f"--stop={stop}", cwd=work) == whole[:whole.index(stop)]
+    assert ok("sample.py", "out/small", "--max_new_tokens=60", "--temperature=0", f"--stop={stop}", cwd=work) == whole[: whole.index(stop)]
 
 
 def test_interactive(work):
     done = run_script("sample.py", "out/small", "--max_new_tokens=8", "--interactive", stdin="def\nclass\n", cwd=work)
     expected = [ok("sample.py", "out/small", "--max_new_tokens=8", f"--prompt={prompt}", cwd=work) for prompt in ("def", "class")]
     assert done.stdout == "".join(text + "\n" for text in expected) and done.stderr.count("[8 tokens, ") == 2
-    done = subprocess.run([sys.executable, ROOT / "sample.py", "out/small", "--max_new_tokens=8", "--interactive"], input=b"\xff\n",
-                          cwd=work, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "sample.py", "out/small", "--max_new_tokens=8", "--interactive"],
+        input=b"\xff\n",
+        cwd=work,
+        capture_output=True,
+    )
     assert done.returncode == 0 and b"[8 tokens, " in done.stderr
 
 
@@ -176,7 +180,9 @@ def test_edges(work):
 
 def test_a_prompt_is_a_line(work, tmp_path):
     (tmp_path / "prompts.txt").write_bytes("one\u2028line\r\n\nthird".encode())
-    expected = [ok("sample.py", "out/small", "--max_new_tokens=5", f"--prompt={prompt}", cwd=work) for prompt in ("one\u2028line", "", "third")]
+    expected = [
+        ok("sample.py", "out/small", "--max_new_tokens=5", f"--prompt={prompt}", cwd=work) for prompt in ("one\u2028line", "", "third")
+    ]
     assert ok("sample.py", "out/small", "--max_new_tokens=5", f"--prompts={tmp_path}/prompts.txt", cwd=work) == "\n".join(expected)
 
 
@@ -193,14 +199,26 @@ def test_nobody_takes_the_output(work):
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "No space left" in done.stderr
 
 
-@pytest.mark.parametrize("args, expected", [
-    (["nowhere"], "no checkpoint in nowhere"), (["out/small", "--temperature=-1"], "--temperature=-1"),
-    (["out/small", "--top_p=0"], "--top_p=0"), (["out/small", "--num_samples=0"], "--num_samples=0"),
-    (["out/small", "--max_new_tokens=x"], "max_new_tokens"), (["out/small", "--prompt_file=absent"], "absent"),
-    (["out/small", "--prompt=a", "--prompt_file=b"], "not both"), (["out/small", "--prompts=absent"], "absent"),
-    (["out/small", "--score=/dev/null"], "at least 2"), (["out/small", "--session=s"], "--cache=stream"),
-    (["out/small", "--cache=stream", "--session=no/s"], "there is no"), (["out/small", "--score="], "directory"),
-    (["out/small", "--interactive", "--num_samples=2"], "--num_samples"),
-    (["out/small", "--prompts=/dev/null"], "no prompt"), (["out/small", "--stop="], "--stop"), (["out/small", "--device=abacus"], "abacus")])
+@pytest.mark.parametrize(
+    "args, expected",
+    [
+        (["nowhere"], "no checkpoint in nowhere"),
+        (["out/small", "--temperature=-1"], "--temperature=-1"),
+        (["out/small", "--top_p=0"], "--top_p=0"),
+        (["out/small", "--num_samples=0"], "--num_samples=0"),
+        (["out/small", "--max_new_tokens=x"], "max_new_tokens"),
+        (["out/small", "--prompt_file=absent"], "absent"),
+        (["out/small", "--prompt=a", "--prompt_file=b"], "not both"),
+        (["out/small", "--prompts=absent"], "absent"),
+        (["out/small", "--score=/dev/null"], "at least 2"),
+        (["out/small", "--session=s"], "--cache=stream"),
+        (["out/small", "--cache=stream", "--session=no/s"], "there is no"),
+        (["out/small", "--score="], "directory"),
+        (["out/small", "--interactive", "--num_samples=2"], "--num_samples"),
+        (["out/small", "--prompts=/dev/null"], "no prompt"),
+        (["out/small", "--stop="], "--stop"),
+        (["out/small", "--device=abacus"], "abacus"),
+    ],
+)
 def test_mistakes(work, args, expected):
     assert expected in fails("sample.py", *args, cwd=work)

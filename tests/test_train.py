@@ -1,26 +1,22 @@
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 import tomllib
 from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT, fails, metrics, ok, run_script, untimed
+from test_data import write_jsonl
 
-import checkpoint
-import train
 from build_laplacian import load_laplacian
 from common import UserError
-from config import Settings, parse
-from conftest import ROOT, fails, metrics, ok, run_script, untimed
 from data.corpus import Corpus
 from model import ModelConfig
-from test_data import write_jsonl
+from training import checkpoint, memory
+from training.config import Settings, parse
+from training.evaluation import training_batch
 
 TAU = "model.blocks.0.attention.log_tau"
 
@@ -94,8 +90,17 @@ def test_memory_can_be_swapped_and_evaluated(here):
 
 
 def test_every_extra_trains_resumes_and_samples(here):
-    extras = ["--learn_temperature=True", "--forget=gate", "--spectral_filter=True", "--conv=3", "--key_bias=True", "--output_gate=True",
-              "--local_heads=2", "--local_window=8", "--tau_scope=head"]
+    extras = [
+        "--learn_temperature=True",
+        "--forget=gate",
+        "--spectral_filter=True",
+        "--conv=3",
+        "--key_bias=True",
+        "--output_gate=True",
+        "--local_heads=2",
+        "--local_window=8",
+        "--tau_scope=head",
+    ]
     ok("train.py", "small.toml", *extras, "--out_dir=whole", cwd=here)
     ok("train.py", "small.toml", *extras, "--max_steps=10", "--out_dir=x", cwd=here)
     ok("train.py", "small.toml", "--init_from=resume", "--out_dir=x", cwd=here)  # the model is the checkpoint's
@@ -107,8 +112,20 @@ def test_every_extra_trains_resumes_and_samples(here):
 
 def test_plateau_halves_the_rate(here):
     """At a rate so large that validation seldom improves."""
-    ok("train.py", "small.toml", "--lr_schedule=plateau", "--plateau_patience=1", "--learning_rate=2.0", "--eval_interval=1",
-       "--log_interval=1", "--max_steps=14", "--warmup_steps=0", "--grad_clip=0", "--out_dir=p", cwd=here)
+    ok(
+        "train.py",
+        "small.toml",
+        "--lr_schedule=plateau",
+        "--plateau_patience=1",
+        "--learning_rate=2.0",
+        "--eval_interval=1",
+        "--log_interval=1",
+        "--max_steps=14",
+        "--warmup_steps=0",
+        "--grad_clip=0",
+        "--out_dir=p",
+        cwd=here,
+    )
     records = metrics(here / "p")
     val = [record["loss"] for record in records if record["split"] == "val"]
     scale, best, expected = 1.0, float("inf"), []
@@ -122,8 +139,17 @@ def test_plateau_halves_the_rate(here):
 
 
 def test_cosine_ends_at_min_lr(here):
-    ok("train.py", "small.toml", "--lr_schedule=cosine", "--lr_decay_steps=10", "--min_lr=1e-4", "--log_interval=1",
-       "--max_steps=13", "--out_dir=c", cwd=here)
+    ok(
+        "train.py",
+        "small.toml",
+        "--lr_schedule=cosine",
+        "--lr_decay_steps=10",
+        "--min_lr=1e-4",
+        "--log_interval=1",
+        "--max_steps=13",
+        "--out_dir=c",
+        cwd=here,
+    )
     rates = [record["lr"] for record in metrics(here / "c") if record["split"] == "train"]
     assert rates[4] < rates[5] == 3e-3 > rates[6] > rates[9] > 1e-4
     assert rates[10:] == pytest.approx([1e-4] * 3)
@@ -138,8 +164,15 @@ def test_compiled_and_bfloat16(here, work):
 
 
 def test_wandb_offline(here):
-    ok("train.py", "small.toml", "--wandb_log=True", "--max_steps=2", "--out_dir=w", cwd=here,
-       env={"WANDB_MODE": "offline", "WANDB_SILENT": "true"})
+    ok(
+        "train.py",
+        "small.toml",
+        "--wandb_log=True",
+        "--max_steps=2",
+        "--out_dir=w",
+        cwd=here,
+        env={"WANDB_MODE": "offline", "WANDB_SILENT": "true"},
+    )
     assert list((here / "w" / "wandb").glob("offline-run-*/*.wandb"))
 
 
@@ -157,24 +190,54 @@ def test_configs(here, config):
     assert model.head_size in (32, 64)
 
 
-@pytest.mark.parametrize("option, expected", [
-    ("n_layers=3", "n_layers"), ("n_layer=3.5", "n_layer"), ("n_layer=0", "positive"), ("compile=yes", "True or False"),
-    ("attention=flash", "tau, dot"), ("learning_rate=nan", "learning_rate"), ("learning_rate=inf", "learning_rate"),
-    ("tau_mode=magic", "tau_mode"), ("seed=99999999999999999999", "seed"), ("grad_accum_steps=1.5", "grad_accum_steps"),
-    ("forget=all", "none, slope, gate"), ("conv=-1", "0 or more"), ("temperature=1e-12", "at least 1e-9"),
-    ("local_window=0", "positive"),
-    ("tau_scope=block", "global, head"), ("tau_percentile=101", "0 to 100"), ("tau_interval=0", "positive"),
-    ("tau_smoothing=1.0", "below 1"), ("tau_drift=-1", "0 or more"), ("spike=nan", "spike"), ("skip_limit=-1", "0 or more"),
-    ("ema_decay=1.0", "below 1"), ("diag_interval=-1", "0 or more"), ("keep_last=0", "positive"), ("shard=zero", "ddp, fsdp"),
-    ("dry_run=1", "True or False"), ("profile=yes", "True or False")])
+@pytest.mark.parametrize(
+    "option, expected",
+    [
+        ("n_layers=3", "n_layers"),
+        ("n_layer=3.5", "n_layer"),
+        ("n_layer=0", "positive"),
+        ("compile=yes", "True or False"),
+        ("attention=flash", "tau, dot"),
+        ("learning_rate=nan", "learning_rate"),
+        ("learning_rate=inf", "learning_rate"),
+        ("tau_mode=magic", "tau_mode"),
+        ("seed=99999999999999999999", "seed"),
+        ("grad_accum_steps=1.5", "grad_accum_steps"),
+        ("forget=all", "none, slope, gate"),
+        ("conv=-1", "0 or more"),
+        ("temperature=1e-12", "at least 1e-9"),
+        ("local_window=0", "positive"),
+        ("tau_scope=block", "global, head"),
+        ("tau_percentile=101", "0 to 100"),
+        ("tau_interval=0", "positive"),
+        ("tau_smoothing=1.0", "below 1"),
+        ("tau_drift=-1", "0 or more"),
+        ("spike=nan", "spike"),
+        ("skip_limit=-1", "0 or more"),
+        ("ema_decay=1.0", "below 1"),
+        ("diag_interval=-1", "0 or more"),
+        ("keep_last=0", "positive"),
+        ("shard=zero", "ddp, fsdp"),
+        ("dry_run=1", "True or False"),
+        ("profile=yes", "True or False"),
+    ],
+)
 def test_bad_settings(here, monkeypatch, option, expected):
     monkeypatch.setattr(sys, "argv", ["train.py", str(here / "small.toml"), f"--{option}"])
     with pytest.raises(UserError, match=expected):
         parse("")
 
 
-@pytest.mark.parametrize("text, expected", [("n_layers = 3", "'n_layers'"), ('n_layer = "3"', "n_layer"), ("n_layer = true", "n_layer"),
-                                            ("n_layer = ", "TOML"), ("n_layer = " + "[" * 5000, "TOML")])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("n_layers = 3", "'n_layers'"),
+        ('n_layer = "3"', "n_layer"),
+        ("n_layer = true", "n_layer"),
+        ("n_layer = ", "TOML"),
+        ("n_layer = " + "[" * 5000, "TOML"),
+    ],
+)
 def test_bad_configs(tmp_path, monkeypatch, text, expected):
     (tmp_path / "bad.toml").write_text(text)
     monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / "bad.toml")])
@@ -182,27 +245,42 @@ def test_bad_configs(tmp_path, monkeypatch, text, expected):
         parse("")
 
 
-@pytest.mark.parametrize("args, expected", [
-    (["absent.toml"], "absent.toml"), (["small.toml", "--n_layers=3"], "n_layers"), (["broken.toml"], "TOML"),
-    (["small.toml", "--n_head=5"], "n_head=5"), (["small.toml", "--local_heads=1"], "a multiple of 2"),
-    (["small.toml", "--attention=dot", "--local_heads=2"], "has no spectral_filter"), (["small.toml", "--n_kv_head=3"], "n_kv_head=3"), (["small.toml", "--device=abacus"], "abacus"),
-    (["small.toml", "--data_dir=nowhere"], "nowhere"), (["small.toml", "--laplacian=absent.parquet"], "build_laplacian.py"),
-    (["small.toml", "--laplacian=nine.parquet"], "F=9 features; they must be as many as the head size, 8, or as n_embd, 32"),
-    (["small.toml", "--laplacian=truncated.parquet"], "truncated.parquet"),
-    (["small.toml", "--block_size=999999"], "block_size = 999999"), (["small.toml", "--init_from=resume"], "nothing to resume"),
-    (["small.toml", "--init_from=nowhere"], "nowhere"), (["small.toml", "--init_from={work}/out/small", "--n_layer=3"], "n_layer = 3"),
-    (["small.toml", "--init_from={work}/out/small", "--data_dir=other"], "the 290 tokens of other"),
-    (["small.toml", "--init_from=cut"], "cut/step_00000020.safetensors is damaged"), (["small.toml", "--out_dir=cut"], "holds a run already"),
-    (["small.toml", "--eval_only=True"], "eval_only"), (["small.toml", "--out_dir=small.toml"], "small.toml"),
-    (["small.toml", "--init_from=folder"], "folder/best.safetensors is damaged"),
-    (["small.toml", "--init_from=resume", "--out_dir=resumed", "--max_steps=30"], "metrics.jsonl, line 3 is damaged"),
-    (["small.toml", "--init_from=resume", "--out_dir=swapped", "--max_steps=30", "--laplacian=chain.parquet"], "is not the Laplacian"),
-    (["small.toml", "--init_from=resume", "--out_dir=swapped", "--eval_only=True", "--laplacian=absent.parquet"], "absent.parquet"),
-    (["small.toml", "--data_dir=past"], "past its vocabulary"), (["small.toml", "--data_dir=short"], "damaged corpus in short"),
-    (["small.toml", "--init_from=resume", "--out_dir=swapped", "--max_steps=30", "--tau_mode=learned"], "tau_mode = 'learned'"),
-    (["small.toml", "--init_from=resume", "--out_dir=swapped", "--max_steps=30", "--embedding_init=domain"], "began as 'normal'"),
-    (["small.toml", "--results=small.toml/runs.jsonl"], "small.toml"),
-    (["small.toml", "--lr_schedule=cosine", "--min_lr=1"], "min_lr")])
+@pytest.mark.parametrize(
+    "args, expected",
+    [
+        (["absent.toml"], "absent.toml"),
+        (["small.toml", "--n_layers=3"], "n_layers"),
+        (["broken.toml"], "TOML"),
+        (["small.toml", "--n_head=5"], "n_head=5"),
+        (["small.toml", "--local_heads=1"], "a multiple of 2"),
+        (["small.toml", "--attention=dot", "--local_heads=2"], "has no spectral_filter"),
+        (["small.toml", "--n_kv_head=3"], "n_kv_head=3"),
+        (["small.toml", "--device=abacus"], "abacus"),
+        (["small.toml", "--data_dir=nowhere"], "nowhere"),
+        (["small.toml", "--laplacian=absent.parquet"], "build_laplacian.py"),
+        (["small.toml", "--laplacian=nine.parquet"], "F=9 features; they must be as many as the head size, 8, or as n_embd, 32"),
+        (["small.toml", "--laplacian=truncated.parquet"], "truncated.parquet"),
+        (["small.toml", "--block_size=999999"], "block_size = 999999"),
+        (["small.toml", "--init_from=resume"], "nothing to resume"),
+        (["small.toml", "--init_from=nowhere"], "nowhere"),
+        (["small.toml", "--init_from={work}/out/small", "--n_layer=3"], "n_layer = 3"),
+        (["small.toml", "--init_from={work}/out/small", "--data_dir=other"], "the 290 tokens of other"),
+        (["small.toml", "--init_from=cut"], "cut/step_00000020.safetensors is damaged"),
+        (["small.toml", "--out_dir=cut"], "holds a run already"),
+        (["small.toml", "--eval_only=True"], "eval_only"),
+        (["small.toml", "--out_dir=small.toml"], "small.toml"),
+        (["small.toml", "--init_from=folder"], "folder/best.safetensors is damaged"),
+        (["small.toml", "--init_from=resume", "--out_dir=resumed", "--max_steps=30"], "metrics.jsonl, line 3 is damaged"),
+        (["small.toml", "--init_from=resume", "--out_dir=swapped", "--max_steps=30", "--laplacian=chain.parquet"], "is not the Laplacian"),
+        (["small.toml", "--init_from=resume", "--out_dir=swapped", "--eval_only=True", "--laplacian=absent.parquet"], "absent.parquet"),
+        (["small.toml", "--data_dir=past"], "past its vocabulary"),
+        (["small.toml", "--data_dir=short"], "damaged corpus in short"),
+        (["small.toml", "--init_from=resume", "--out_dir=swapped", "--max_steps=30", "--tau_mode=learned"], "tau_mode = 'learned'"),
+        (["small.toml", "--init_from=resume", "--out_dir=swapped", "--max_steps=30", "--embedding_init=domain"], "began as 'normal'"),
+        (["small.toml", "--results=small.toml/runs.jsonl"], "small.toml"),
+        (["small.toml", "--lr_schedule=cosine", "--min_lr=1"], "min_lr"),
+    ],
+)
 def test_mistakes(here, work, args, expected):
     (here / "broken.toml").write_text("n_layer = ")
     (here / "folder" / "best.safetensors").mkdir(parents=True)
@@ -244,16 +322,36 @@ def test_a_run_is_replaced_only_when_asked(here):
 
 
 def test_what_is_not_finite_is_not_kept(here):
-    done = run_script("train.py", "small.toml", "--learning_rate=2e9", "--weight_decay=1e9", "--grad_clip=0", "--warmup_steps=0",
-                      "--log_interval=50", "--checkpoint_interval=1", "--eval_interval=50", "--out_dir=n", cwd=here)
+    done = run_script(
+        "train.py",
+        "small.toml",
+        "--learning_rate=2e9",
+        "--weight_decay=1e9",
+        "--grad_clip=0",
+        "--warmup_steps=0",
+        "--log_interval=50",
+        "--checkpoint_interval=1",
+        "--eval_interval=50",
+        "--out_dir=n",
+        cwd=here,
+    )
     assert done.returncode == 1 and "try a learning_rate lower than 2000000000.0" in done.stderr.splitlines()[-1]
     for path in (here / "n").glob("*.safetensors"):
         assert all(tensor.isfinite().all() for tensor in weights(path).values())
 
 
 def test_running_mean_of_the_weights(here):
-    ok("train.py", "small.toml", "--ema_decay=0.5", "--checkpoint_interval=1", "--keep_last=30", "--max_steps=6", "--eval_interval=6",
-       "--out_dir=m", cwd=here)
+    ok(
+        "train.py",
+        "small.toml",
+        "--ema_decay=0.5",
+        "--checkpoint_interval=1",
+        "--keep_last=30",
+        "--max_steps=6",
+        "--eval_interval=6",
+        "--out_dir=m",
+        cwd=here,
+    )
     files = [weights(path) for path in reversed(checkpoint.steps(here / "m"))]
     name, mean = "head.weight", files[0]["model.head.weight"]
     for tensors in files[1:]:
@@ -276,12 +374,12 @@ def test_dry_run_writes_nothing(here):
 def test_the_batch_that_fits(monkeypatch):
     w = torch.ones(1, requires_grad=True)
     T = 100
-    assert train.kept_a_sequence(lambda idx, targets: (w * idx).exp().sum(), torch.ones(1, T), torch.ones(1, T)) == 2 * 4 * T
+    assert memory.kept_a_sequence(lambda idx, targets: (w * idx).exp().sum(), torch.ones(1, T), torch.ones(1, T)) == 2 * 4 * T
     model = SimpleNamespace(config=SimpleNamespace(block_size=T, vocab_size=1), parameter_count=lambda: 0)
     settings = Settings(batch_size=6, grad_accum_steps=4)
-    fits = lambda share: train.fitting(model, settings, 2**30, share)  # a GB a sequence
+    fits = lambda share: memory.fitting(model, settings, 2**30, share)  # a GB a sequence
     assert [fits(gigabytes) for gigabytes in (1, 5, 100)] == [None, (4, 6), (24, 1)]
-    monkeypatch.setattr(train, "WORLD", 2)
+    monkeypatch.setattr(memory, "WORLD", 2)
     assert [fits(gigabytes) for gigabytes in (1, 5, 100)] == [None, (4, 6), (12, 2)]
 
 
@@ -295,10 +393,14 @@ def test_profile(here):
 def test_passes_see_every_window_once(here):
     """Over all processes and micro-batches, and in another order each time."""
     corpus = Corpus(here / "docs")
-    corpus.train = corpus.train[:32 * 30 + 1]
+    corpus.train = corpus.train[: 32 * 30 + 1]
     settings = Settings(batch_size=4, grad_accum_steps=3, sampling="passes", seed=5)
-    seen = [window[0].tobytes() for step in range(5) for micro in range(3) for window in
-            train.training_batch(corpus, settings, 32, step, micro)[:, None]]
+    seen = [
+        window[0].tobytes()
+        for step in range(5)
+        for micro in range(3)
+        for window in training_batch(corpus, settings, 32, step, micro)[:, None]
+    ]
     windows = [corpus.batch([start], 32, "train")[0].tobytes() for start in range(0, 32 * 30, 32)]
     assert sorted(seen[:30]) == sorted(seen[30:60]) == sorted(windows) and seen[:30] != seen[30:60]
     record = metrics_of(here, "--sampling=passes", "--max_steps=2")
@@ -312,51 +414,85 @@ def metrics_of(here, *options):
 
 def test_a_finished_run_leaves_a_line_and_study_makes_the_table(here):
     for seed, rate in ((1, 1e-3), (2, 1e-3), (1, 3e-3)):
-        ok("train.py", "small.toml", "--max_steps=2", f"--seed={seed}", f"--learning_rate={rate}", "--results=r/lines.jsonl",
-           f"--out_dir=o{seed}{rate}", cwd=here)
+        ok(
+            "train.py",
+            "small.toml",
+            "--max_steps=2",
+            f"--seed={seed}",
+            f"--learning_rate={rate}",
+            "--results=r/lines.jsonl",
+            f"--out_dir=o{seed}{rate}",
+            cwd=here,
+        )
     lines = [json.loads(line) for line in (here / "r" / "lines.jsonl").read_text().splitlines()]
     assert lines[0]["config"] == lines[1]["config"] != lines[2]["config"] and lines[0]["tokens"] == 2 * 256
     for line in lines:
         assert line["best_loss"] == min(record["loss"] for record in metrics(here / line["run"]) if record["split"] == "val")
-    rows = ok("study.py", "r/lines.jsonl", cwd=here).splitlines()
+    rows = ok("studies/study.py", "r/lines.jsonl", cwd=here).splitlines()
     losses = [line["best_loss"] for line in lines]
     assert rows[0].startswith("| learning_rate | seeds |") and len(rows) == 4
     assert rows[2].startswith(f"| 0.001 | 2 | {sum(losses[:2]) / 2:.4f} | {max(losses[:2]) - min(losses[:2]):.4f} |")
     (here / "bad.jsonl").write_text('{"run": 1}\n')
-    assert "bad.jsonl, line 1" in fails("study.py", "bad.jsonl", cwd=here)
-    assert "absent.jsonl" in fails("study.py", "absent.jsonl", cwd=here)
+    assert "bad.jsonl, line 1" in fails("studies/study.py", "bad.jsonl", cwd=here)
+    assert "absent.jsonl" in fails("studies/study.py", "absent.jsonl", cwd=here)
 
 
 def test_study_makes_rows_of_folders(here):
     """out/NAME/CORPUS/ROW/SEED: the last line of a run counts; a corpus without a row is left open there."""
+
     def line(corpus, row, seed, loss):
-        return json.dumps({"run": f"out/s/{corpus}/{row}/{seed}", "config": row, "data": corpus, "seed": seed, "best_loss": loss, "bits_per_byte": loss / 2,
-                           "parameters": 1200, "seconds": 1, "tokens": 1, "settings": {}}) + "\n"
-    (here / "s.jsonl").write_text(line("a", "tau + gate", 1, 9.0) + line("a", "tau + gate", 1, 2.0) + line("a", "tau + gate", 2, 4.0)
-                                  + line("b", "dot", 1, 5.0))
-    rows = ok("study.py", "s.jsonl", "--rows", "--figure=f.png", cwd=here).splitlines()
-    assert rows[2:] == ["| tau + gate | 3.0000 (2.0000) | 1.5000 | 1,200 | - | - | - | 2, 0 |",
-                        "| dot | - | - | - | 5.0000 (0.0000) | 2.5000 | 1,200 | 0, 1 |"]
+        return (
+            json.dumps(
+                {
+                    "run": f"out/s/{corpus}/{row}/{seed}",
+                    "config": row,
+                    "data": corpus,
+                    "seed": seed,
+                    "best_loss": loss,
+                    "bits_per_byte": loss / 2,
+                    "parameters": 1200,
+                    "seconds": 1,
+                    "tokens": 1,
+                    "settings": {},
+                }
+            )
+            + "\n"
+        )
+
+    (here / "s.jsonl").write_text(
+        line("a", "tau + gate", 1, 9.0) + line("a", "tau + gate", 1, 2.0) + line("a", "tau + gate", 2, 4.0) + line("b", "dot", 1, 5.0)
+    )
+    rows = ok("studies/study.py", "s.jsonl", "--rows", "--figure=f.png", cwd=here).splitlines()
+    assert rows[2:] == [
+        "| tau + gate | 3.0000 (2.0000) | 1.5000 | 1,200 | - | - | - | 2, 0 |",
+        "| dot | - | - | - | 5.0000 (0.0000) | 2.5000 | 1,200 | 0, 1 |",
+    ]
     assert (here / "f.png").stat().st_size > 5000
     (here / "g.jsonl").write_text((here / "s.jsonl").read_text() + line("a", "dot", 2, 4.5) + line("a", "dot", 3, 0.0))
-    rows = ok("study.py", "g.jsonl", "--rows", "--against=dot", cwd=here).splitlines()
+    rows = ok("studies/study.py", "g.jsonl", "--rows", "--against=dot", cwd=here).splitlines()
     assert rows[2:] == ["| tau + gate | 0.500 (0.500 to 0.500) | 1 | - | 0 |"]
-    assert "--against=do:" in fails("study.py", "g.jsonl", "--rows", "--against=do", cwd=here)
-    assert "--rows" in fails("study.py", "g.jsonl", "--against=dot", cwd=here)
-    assert "f.png" in fails("study.py", "s.jsonl", "--rows", "--figure=f.png", cwd=here)
+    assert "--against=do:" in fails("studies/study.py", "g.jsonl", "--rows", "--against=do", cwd=here)
+    assert "--rows" in fails("studies/study.py", "g.jsonl", "--against=dot", cwd=here)
+    assert "f.png" in fails("studies/study.py", "s.jsonl", "--rows", "--figure=f.png", cwd=here)
     for name, other in (("data", '"d"'), ("config", '"c"')):
-        mixed = line("a", "dot", 1, 1.0) + line("a", "dot", 2, 1.0).replace(f'"{name}": ' + {"data": '"a"', "config": '"dot"'}[name], f'"{name}": {other}')
+        mixed = line("a", "dot", 1, 1.0) + line("a", "dot", 2, 1.0).replace(
+            f'"{name}": ' + {"data": '"a"', "config": '"dot"'}[name], f'"{name}": {other}'
+        )
         (here / "s.jsonl").write_text(mixed)
-        assert "out/s/a/dot/2 was trained on another text" in fails("study.py", "s.jsonl", "--rows", cwd=here)
-    for good, bad in (('"best_loss": 1.0', '"best_loss": null'), ('"best_loss": 1.0', '"best_loss": NaN'), ('"best_loss": 1.0', '"best_loss": true'),
-                      ('"seconds": 1', '"seconds": "1"')):
+        assert "out/s/a/dot/2 was trained on another text" in fails("studies/study.py", "s.jsonl", "--rows", cwd=here)
+    for good, bad in (
+        ('"best_loss": 1.0', '"best_loss": null'),
+        ('"best_loss": 1.0', '"best_loss": NaN'),
+        ('"best_loss": 1.0', '"best_loss": true'),
+        ('"seconds": 1', '"seconds": "1"'),
+    ):
         (here / "s.jsonl").write_text(line("a", "dot", 1, 1.0).replace(good, bad))
-        assert "s.jsonl, line 1 is damaged" in fails("study.py", "s.jsonl", "--rows", cwd=here)
+        assert "s.jsonl, line 1 is damaged" in fails("studies/study.py", "s.jsonl", "--rows", cwd=here)
     (here / "s.jsonl").write_text(line("a", "dot", 1, 1.0).replace('"parameters": 1200, ', ""))
-    assert "s.jsonl, line 1 has no 'parameters'" in fails("study.py", "s.jsonl", "--rows", cwd=here)
+    assert "s.jsonl, line 1 has no 'parameters'" in fails("studies/study.py", "s.jsonl", "--rows", cwd=here)
     (here / "s.jsonl").write_text(line("a", "dot", 1, 1.0) + line("a", "dot", 1, 1.0).replace("out/s", "out/t"))
-    assert "out/t/a/dot/1 and out/s/a/dot/1 are the same row" in fails("study.py", "s.jsonl", "--rows", cwd=here)
+    assert "out/t/a/dot/1 and out/s/a/dot/1 are the same row" in fails("studies/study.py", "s.jsonl", "--rows", cwd=here)
     (here / "s.jsonl").write_text(line("a", "y", 1, 2.0) + line("a", "x", 1, 1.0) + line("b", "z", 1, 0.5))
-    assert [row[2] for row in ok("study.py", "s.jsonl", "--rows", cwd=here).splitlines()[2:]] == ["x", "y", "z"]
+    assert [row[2] for row in ok("studies/study.py", "s.jsonl", "--rows", cwd=here).splitlines()[2:]] == ["x", "y", "z"]
     (here / "s.jsonl").write_text(line("a", "b", 1, 1.0).replace("out/s/a/b/1", "out"))
-    assert "CORPUS/ROW/SEED" in fails("study.py", "s.jsonl", "--rows", cwd=here)
+    assert "CORPUS/ROW/SEED" in fails("studies/study.py", "s.jsonl", "--rows", cwd=here)

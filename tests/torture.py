@@ -13,20 +13,31 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import checkpoint
 from conftest import ROOT, metrics, ok, prepare, untimed
+
+from training import checkpoint
 
 
 def torture(folder, kills, seed=0, options=("--tau_mode=adaptive", "--tau_interval=3", "--ema_decay=0.9")):
     """folder: docs/ and small.toml. Returns how often a checkpoint was being written at the kill."""
     generator, writing = random.Random(seed), 0
-    run = ["train.py", "small.toml", f"--max_steps={3 * kills + 10}", "--checkpoint_interval=2", "--eval_interval=3",
-           "--log_interval=1", "--diag_interval=4", "--init_from=auto", *options]
+    run = [
+        "train.py",
+        "small.toml",
+        f"--max_steps={3 * kills + 10}",
+        "--checkpoint_interval=2",
+        "--eval_interval=3",
+        "--log_interval=1",
+        "--diag_interval=4",
+        "--init_from=auto",
+        *options,
+    ]
     ok(*run, "--out_dir=unbroken", cwd=folder)
     broken = folder / "broken"
     for kill in range(kills):
-        process = subprocess.Popen([sys.executable, ROOT / run[0], *run[1:], "--out_dir=broken"], cwd=folder,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [sys.executable, ROOT / run[0], *run[1:], "--out_dir=broken"], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         before = lines(broken) + generator.randrange(4)
         while process.poll() is None and lines(broken) < before:
             time.sleep(0.002)

@@ -55,14 +55,14 @@ def records(source, left_out):
             if record["cveMetadata"].get("state") == "REJECTED":
                 left_out["rejected"] += 1
                 continue
-            description = next((entry["value"].strip() for entry in container.get("descriptions", [])
-                                if entry["lang"].lower().startswith("en")), "")
+            description = next(
+                (entry["value"].strip() for entry in container.get("descriptions", []) if entry["lang"].lower().startswith("en")), ""
+            )
             title = container.get("title") or "(no title)"
             if not isinstance(number, str) or not isinstance(title, str):
                 raise TypeError("cveId and title are texts")
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{name} is not a CVE record of JSON schema 5.x "
-                            f"({type(error).__name__}: {error})") from None
+            raise UserError(f"{name} is not a CVE record of JSON schema 5.x ({type(error).__name__}: {error})") from None
         if description:
             yield {"text": [number, title, description]}
         else:

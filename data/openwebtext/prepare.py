@@ -17,6 +17,7 @@ REVISION = "refs/pr/22"  # the same in parquet: its main branch was a script, wh
 def parquet_texts(path):
     import pyarrow
     import pyarrow.parquet
+
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(columns=["text"]):
             yield from (corpus.record_text({"text": text}) for text in batch["text"].to_pylist() if text)

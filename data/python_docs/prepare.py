@@ -9,15 +9,13 @@ import platform
 import sys
 import sysconfig
 from pathlib import Path
-
 from pydoc_data.topics import topics
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import run
 from data import corpus
 
-LEFT_OUT = {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "turtledemo", "pydoc_data",
-            "ensurepip"}
+LEFT_OUT = {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "turtledemo", "pydoc_data", "ensurepip"}
 SHORTEST = 40  # characters of a doc-string worth a document
 
 

@@ -1,0 +1,114 @@
+"""What the fast ways cost in accuracy: 200 steps by every implementation, and lambda in bfloat16."""
+
+import functools
+import json
+import tempfile
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.report import in_own_process, write
+from common import ROOT
+from data.corpus import Corpus
+from model import ModelConfig, Tauformer
+from ops.attention import tau_attention
+from train import train
+from training import optim, taumode
+from training.config import Settings, read_settings
+from training.evaluation import step_batches, to_device, training_batch
+from training.processes import Signals
+from training.start import domain_laplacian, model_settings, start
+
+CURVES = [
+    ("naive", "float32", False),
+    ("naive", "float32", True),
+    ("walk", "float32", False),
+    ("tree", "float32", False),
+    ("naive", "float64", False),
+    ("walk", "float64", False),
+    ("tree", "float64", False),
+]
+
+
+def bench_curves(args):
+    """How far the training losses of 200 steps of the quick start are from those of the dense reference, and, for scale,
+    how far those are when one weight matrix starts one rounding error, 1e-7, away."""
+    settings = Settings(**read_settings(ROOT / "configs" / "quickstart_published.toml"))
+    settings.laplacian = f"{settings.data_dir}/laplacian.parquet"
+    corpus, laplacian, curves, rows = Corpus(settings.data_dir), domain_laplacian(settings), {}, []
+    for impl, dtype, moved in CURVES:
+        torch.manual_seed(settings.seed)
+        config = ModelConfig(vocab_size=corpus.vocab_size, **model_settings(settings) | {"dropout": 0.0})
+        model = Tauformer(config, laplacian).to(getattr(torch, dtype))
+        if moved:
+            model.blocks[0].attention.query.weight.data.mul_(1 + 1e-7)
+        for block in model.blocks:
+            block.attention.operator = functools.partial(tau_attention, impl=impl)
+        batch = lambda step: to_device(training_batch(corpus, settings, settings.block_size, step, 0), torch.device("cpu"))
+        taumode.calibrate(model, [batch(0)[0]], settings)
+        weights, optimizer = list(model.parameters()), optim.optimizer_of(model, settings)
+        losses = []
+        for step in tqdm(range(200), desc=f"{impl}, {dtype}", disable=None):
+            optim.set_learning_rate(optimizer, optim.learning_rate(settings, step, 1.0))
+            loss = model(*batch(step))
+            loss.backward()
+            losses.append(loss.item())
+            torch.nn.utils.clip_grad_norm_(weights, settings.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad()
+        curves[impl, dtype, moved] = torch.tensor(losses, dtype=torch.float64)
+        reference = curves["naive", dtype, False]
+        apart = (curves[impl, dtype, moved] - reference).abs()
+        rows.append(
+            {
+                "impl": impl,
+                "dtype": dtype,
+                "moved": moved,
+                "last_loss": losses[-1],
+                "apart_at_most": f"{apart.max():.1e}",
+                "relative": f"{(apart / reference).max():.1e}",
+            }
+        )
+    write("curves", rows, args)
+
+
+def rounded(x):
+    return x.bfloat16().float()
+
+
+def round_lambdas(attention):
+    """What energies are made of, energies and lambdas are rounded to bfloat16; sums are float32, as in a matrix product of bfloat16."""
+    energies, lambdas = attention.energies, attention.lambdas
+    attention.energies = lambda qk, laplacian, cache: rounded(energies(rounded(qk), rounded(laplacian), cache))
+    attention.lambdas = lambda E: rounded(lambdas(E))
+
+
+def quickstart(lambda_dtype, seed, threads):
+    """Best validation loss of the quick start, in this process, with lambda in float32, as it is, or in bfloat16."""
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder:
+        values = read_settings(ROOT / "configs" / "quickstart.toml") | {
+            "seed": seed,
+            "out_dir": f"{folder}/run",
+            "results": f"{folder}/runs.jsonl",
+        }
+        settings = Settings(**values)
+        settings.laplacian = f"{settings.data_dir}/laplacian.parquet"
+        run = start(settings, set(values))
+        if lambda_dtype == "bfloat16":
+            for block in run.raw_model.blocks:
+                round_lambdas(block.attention)
+            taumode.calibrate(run.raw_model, step_batches(run), settings)
+        train(run, Signals())
+        metrics = [json.loads(line) for line in run.logs[0].read_text().splitlines()]
+    return min(row["loss"] for row in metrics if row["split"] == "val")
+
+
+def bench_precision(args):
+    """The quick start with energies and lambdas in float32, as they are, and in bfloat16; all else is float32."""
+    rows = [
+        {"lambda": dtype, "seed": seed, "val_loss": f"{in_own_process(quickstart, dtype, seed, torch.get_num_threads()):.4f}"}
+        for seed in (1, 2, 3)
+        for dtype in ("float32", "bfloat16")
+    ]
+    write("precision", rows, args)

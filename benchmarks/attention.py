@@ -1,0 +1,199 @@
+"""The attention operator against SDPA, 256 to 65,536 tokens."""
+
+import multiprocessing
+import statistics
+import time
+from contextlib import ExitStack
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+from benchmarks.report import HEAD_SIZE, HEADS, TOKENS, place, write
+from common import peak_rss_mb, replacing
+from ops.attention import tau_attention
+
+SDPA = {"sdpa": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+LONGEST = {
+    "cpu": {"sdpa": 65536, "naive": 4096, "tree": 65536, "walk": 65536},  # dense weights no longer fit beyond
+    "cuda": {"sdpa": 65536, "cudnn": 65536, "naive": 2048, "tree": 65536, "triton": 65536},
+}
+
+
+def operator(impl, B, T, device):
+    """(forward, forward and backward): functions without arguments, on random inputs; queries, keys and values on a GPU in bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (
+        torch.randn(4, B, HEADS, T, HEAD_SIZE, generator=generator)
+        .to(device, torch.bfloat16 if device == "cuda" else torch.float32)
+        .unbind()
+    )
+    lambda_q, lambda_k = torch.rand(2, B, HEADS, T, generator=generator).to(device).unbind()
+    inputs = [q, k, v] if impl in SDPA else [lambda_q, lambda_k, v]
+    inputs = [x.clone().requires_grad_() for x in inputs]
+
+    def attend():
+        if impl in SDPA:
+            with sdpa_kernel(SDPA[impl]):
+                return F.scaled_dot_product_attention(*inputs, is_causal=True)
+        return tau_attention(*inputs, temperature=1.0, impl=impl)
+
+    def forward():
+        attend()
+
+    def both():
+        attend().backward(grad)
+        for x in inputs:
+            x.grad = None
+
+    return forward, both
+
+
+calls = None  # of the operator that a process of its own measures
+
+
+def begin(impl, B, T, threads):
+    """Get ready to time an operator in this fresh process. Returns the peak memory in MB of forward and backward, beyond
+    that of the process and of the inputs."""
+    global calls
+    torch.set_num_threads(threads)
+    operator(impl, 1, 128, "cpu")[1]()
+    calls = operator(impl, B, T, "cpu")
+    before = peak_rss_mb()
+    calls[1]()
+    return peak_rss_mb() - before
+
+
+def seconds(which):
+    """Of one call; of a short one the second, which finds threads awake and the processor's cache its own."""
+    for _ in range(2):
+        start = time.perf_counter()
+        calls[which]()
+        taken = time.perf_counter() - start
+        if taken > 2:
+            break
+    return taken
+
+
+def cuda_seconds(call):
+    """(of one call, all that the processor does for it included; of the GPU alone, which is kept waiting until all its work is there)."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    taken = time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(int(4e9 * taken))  # clock ticks, of which a GPU makes 2e9 a second at most
+    begin.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return taken, begin.elapsed_time(end) / 1e3
+
+
+def bench_attention_cuda(args):
+    rows = []
+    for T in (256 * 2**i for i in range(9) if 256 * 2**i <= args.longest):
+        B = max(1, TOKENS["cuda"] // T)
+        calls, memory = {}, {}
+        for impl in (impl for impl, longest in LONGEST["cuda"].items() if T <= longest):
+            calls[impl] = operator(impl, B, T, "cuda")
+            calls[impl][1]()  # tunes the tiles
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            calls[impl][1]()
+            memory[impl] = (torch.cuda.max_memory_allocated() - before) / 2**20
+        measured = {impl: ([], []) for impl in calls}
+        for _ in tqdm(range(args.repeats + 1), desc=f"T = {T}", disable=None):  # the first is a warm-up
+            for impl, both in calls.items():
+                for call, times in zip(both, measured[impl]):
+                    times.append(cuda_seconds(call))
+        for impl, times in measured.items():
+            (forward, gpu_forward), (both, gpu_both) = (1e3 * np.median(runs[1:], 0) for runs in times)
+            rows.append(
+                {
+                    "impl": impl,
+                    "B": B,
+                    "T": T,
+                    "forward_ms": forward,
+                    "forward_backward_ms": both,
+                    "gpu_forward_ms": gpu_forward,
+                    "gpu_forward_backward_ms": gpu_both,
+                    "runs": args.repeats,
+                    "memory_mb": memory[impl],
+                }
+            )
+    for key in ("forward_backward_ms", "gpu_forward_backward_ms"):
+        for row in rows:
+            (sdpa,) = (other[key] for other in rows if other["impl"] == "sdpa" and other["T"] == row["T"])
+            row[("gpu_" if key.startswith("gpu") else "") + "times_as_fast_as_sdpa"] = sdpa / row[key]
+    write("attention_cuda", rows, args)
+    draw(
+        [row | {"forward_ms": row["gpu_forward_ms"], "forward_backward_ms": row["gpu_forward_backward_ms"]} for row in rows],
+        "attention_cuda",
+    )
+
+
+def bench_attention(args):
+    """Every operator in a process of its own, so that it does not meet memory that another has just given back."""
+    if args.device == "cuda":
+        return bench_attention_cuda(args)
+    rows, name, longest_of = [], "attention", LONGEST["cpu"]
+    for T in (256 * 2**i for i in range(9) if 256 * 2**i <= args.longest):
+        B = max(1, TOKENS["cpu"] // T)
+        with ExitStack() as stack:
+            pools = {
+                impl: stack.enter_context(multiprocessing.get_context("spawn").Pool(1))
+                for impl, longest in longest_of.items()
+                if T <= longest
+            }
+            memory = {impl: pool.apply(begin, (impl, B, T, torch.get_num_threads())) for impl, pool in pools.items()}
+            times = {impl: ([], []) for impl in pools}
+            for repeat in tqdm(range(args.repeats + 1), desc=f"T = {T}", disable=None):  # the first is a warm-up
+                for impl, pool in pools.items():
+                    slow = repeat > 1 and times[impl][1][0] > 10
+                    for which, measured in enumerate(times[impl]):
+                        if not slow:
+                            measured.append(pool.apply(seconds, (which,)))
+        for impl, (forward, both) in times.items():
+            rows.append(
+                {
+                    "impl": impl,
+                    "B": B,
+                    "T": T,
+                    "forward_ms": 1e3 * statistics.median(forward[1:]),
+                    "forward_backward_ms": 1e3 * statistics.median(both[1:]),
+                    "runs": len(both) - 1,
+                    "memory_mb": memory[impl],
+                }
+            )
+    sdpa = {row["T"]: row["forward_backward_ms"] for row in rows if row["impl"] == "sdpa"}
+    for row in rows:
+        row["times_as_fast_as_sdpa"] = sdpa[row["T"]] / row["forward_backward_ms"]
+    write(name, rows, args)
+    draw(rows, name)
+
+
+def draw(rows, name):
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    for axis, key, label in zip(
+        axes, ("forward_ms", "forward_backward_ms", "memory_mb"), ("forward, ms", "forward and backward, ms", "peak memory, MB")
+    ):
+        for impl in dict.fromkeys(row["impl"] for row in rows):
+            points = [(row["T"], max(row[key], 1e-2) / row["B"]) for row in rows if row["impl"] == impl]
+            axis.loglog(
+                *zip(*points),
+                marker=".",
+                label={"sdpa": "flash SDPA (dot product)", "cudnn": "cuDNN's SDPA (dot product)"}.get(impl, f"tau, {impl}"),
+            )
+        axis.set(xlabel="tokens T", title=f"{label}, a sequence")
+        axis.legend(fontsize="small")
+    with replacing(place(f"{name}.png")) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)

@@ -1,0 +1,180 @@
+"""Decoding a token after 1 to 131,072 others, and the loss of a trained model at positions beyond those it was trained on."""
+
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from benchmarks.report import HEAD_SIZE, HEADS, LAYERS, VOCABULARY, WIDTH, in_own_process, place, resident_mb, write
+from common import UserError, replacing
+from data.corpus import Corpus
+from data.laplacian import laplacian_of
+from decoding.cache import Cache, ExactCache, StreamCache
+from decoding.generate import for_decoding
+from model import ModelConfig, Tauformer
+from training import checkpoint
+
+SCORED = 50000  # tokens
+LONG_CONTEXTS = (2**10, 2**12, 2**14, 2**16, 2**17)
+
+
+def published_model(attention):
+    """The published shape with random weights, for contexts of any length."""
+    laplacian = torch.from_numpy(laplacian_of(np.ones((HEAD_SIZE, HEAD_SIZE)) - np.eye(HEAD_SIZE))) / HEAD_SIZE
+    return for_decoding(
+        Tauformer(
+            ModelConfig(block_size=2**18, vocab_size=VOCABULARY, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH, attention=attention),
+            laplacian if attention == "tau" else None,
+        ).eval()
+    )
+
+
+@torch.no_grad()
+def stream_process_mb(contexts):
+    """{tokens: MB that this process holds after so many of them have gone through the model, 1,024 at a time, and one alone}."""
+    model, found = published_model("tau"), {}
+    cache, generator = StreamCache(model.config), torch.Generator().manual_seed(0)
+    for length in tqdm(range(1024, max(contexts) + 1, 1024), desc="stream's memory", disable=None):
+        model(torch.randint(VOCABULARY, (1, 1023), generator=generator), cache=cache, head=False)
+        model(torch.randint(VOCABULARY, (1, 1), generator=generator), cache=cache)
+        if length in contexts:
+            found[length] = resident_mb()
+    return found
+
+
+def bench_decode(args):
+    """One token at a time from each kind of cache in turn: after 1 to 1,024 tokens of its own, the paper's table, and after long
+    contexts. Weights are random."""
+    models = {attention: published_model(attention) for attention in ("tau", "dot")}
+    kinds = {
+        "dot, (K, V)": ("dot", Cache),
+        "tau, dense": ("tau", Cache),
+        "tau, exact": ("tau", ExactCache),
+        "tau, stream": ("tau", lambda config, length: StreamCache(config)),
+    }
+    token = torch.zeros(1, 1, dtype=torch.long)
+
+    def measured(contexts, tokens):
+        """{(tokens before, kind): (seconds of each of so many tokens, bytes of the cache at the end)}, one token of each in turn."""
+        caches = {
+            (n, kind): filled(models[attention], make(models[attention].config, n + tokens), n)
+            for n in contexts
+            for kind, (attention, make) in kinds.items()
+        }
+        times = {key: [] for key in caches}
+        for _ in tqdm(range(tokens), desc=f"after {', '.join(f'{n:,}' for n in contexts)}", disable=None):
+            for (n, kind), cache in caches.items():
+                start = time.perf_counter()
+                models[kinds[kind][0]](token, cache=cache)
+                times[n, kind].append(time.perf_counter() - start)
+        return {key: (times[key], cache.nbytes()) for key, cache in caches.items()}
+
+    rows, contexts = [], [n for n in LONG_CONTEXTS if n <= args.longest]
+    process_mb = in_own_process(stream_process_mb, contexts) if sys.platform == "linux" else {}
+    with torch.no_grad():
+        for repeat in range(args.repeats):
+            for (_, kind), (times, size) in measured([0], 1024).items():
+                rows += [
+                    {"table": "own tokens", "kind": kind, "context": n, "seconds": times[:n], "cache_mb": size / 1e6}
+                    for n in (128, 256, 512, 1024)
+                ]
+            for (n, kind), (times, size) in measured(contexts, 40).items():
+                rows.append({"table": "long context", "kind": kind, "context": n, "seconds": times[8:], "cache_mb": size / 1e6})
+    results = []
+    for table, kind, n in dict.fromkeys((row["table"], row["kind"], row["context"]) for row in rows):
+        runs = [row for row in rows if (row["table"], row["kind"], row["context"]) == (table, kind, n)]
+        ms = 1e3 * np.array([row["seconds"] for row in runs])
+        results.append(
+            {
+                "table": table,
+                "kind": kind,
+                "context": n,
+                "p50_ms": float(np.median(ms)),
+                "p95_ms": float(np.percentile(ms, 95)),
+                "mean_ms": float(np.median(ms.mean(1))),
+                "cache_mb": runs[0]["cache_mb"],
+                "runs": len(runs),
+                "process_mb": process_mb.get(n, "-") if (table, kind) == ("long context", "tau, stream") else "-",
+            }
+        )
+    dot = {(row["table"], row["context"]): row for row in results if row["kind"].startswith("dot")}
+    for row in results:
+        row["times_as_fast_as_dot"] = dot[row["table"], row["context"]]["p50_ms"] / row["p50_ms"]
+    write("decode", results, args)
+    draw_decode([row for row in results if row["table"] == "long context"])
+
+
+def filled(model, cache, n):
+    """The cache after n tokens whose keys and values are random: that of real ones would take hours to make for dot."""
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    numbers = lambda *shape: torch.randn(1, config.n_head, n, *shape, generator=generator)
+    for layer in range(config.n_layer):
+        keys = numbers(config.head_size) if config.attention == "dot" else numbers().sigmoid()
+        values = numbers(config.head_size)
+        cache.attend(layer, lambda *inputs: inputs[2])(keys, keys, values, config.temperature, None, None)
+    cache.length = n
+    return cache
+
+
+def draw_decode(rows):
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
+    for axis, key, label in zip(axes, ("p50_ms", "cache_mb"), ("ms a token, median", "cache, MB")):
+        for kind in dict.fromkeys(row["kind"] for row in rows):
+            axis.loglog(*zip(*((row["context"], row[key]) for row in rows if row["kind"] == kind)), marker=".", label=kind)
+        axis.set(xlabel="tokens of context", title=label)
+        axis.legend(fontsize="small")
+    with replacing(place("decode.png")) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+@torch.no_grad()
+def bench_context(args):
+    """Loss of trained models on at least 50,000 tokens of validation text, in windows 8 times as long as those they were trained on, and by
+    the position in the window, with each cache."""
+    if not args.runs or not args.data_dir:
+        raise UserError("context: name trained models with --runs OUT_DIR ..., and their text with --data_dir")
+    corpus, rows = Corpus(args.data_dir), []
+    for out_dir in args.runs:
+        path = checkpoint.find(out_dir)
+        model = checkpoint.build_model(*checkpoint.read(path), path).eval()
+        if model.config.attention != "tau" or model.config.vocab_size != corpus.vocab_size:
+            raise UserError(
+                f'{out_dir}: context is for attention = "tau" and the text a model was trained on; this is attention = '
+                f'"{model.config.attention}" of {model.config.vocab_size:,} tokens, {args.data_dir} has {corpus.vocab_size:,}'
+            )
+        T = model.config.block_size
+        if len(corpus.val) <= SCORED + 8 * T:
+            raise UserError(
+                f"{args.data_dir}: {len(corpus.val):,} tokens of validation are too few for {SCORED:,} and a window of {8 * T:,}"
+            )
+        windows = torch.from_numpy(corpus.batch(np.arange(-(-SCORED // (8 * T))) * 8 * T, 8 * T, "val"))
+        losses = {}
+        for kind, cache in (
+            ("plain", lambda: Cache(model.config, 8 * T)),
+            ("exact", lambda: ExactCache(model.config, 8 * T)),
+            ("stream", lambda: StreamCache(model.config)),
+        ):
+            parts = []
+            for idx in tqdm(windows.split(8), desc=f"{out_dir}, {kind}", disable=None):
+                kept = cache()
+                logits = [model.logits(model(part, cache=kept, head=False)) for part in idx[:, :-1].split(T, 1)]
+                parts.append(F.cross_entropy(torch.cat(logits, 1).transpose(1, 2), idx[:, 1:], reduction="none"))
+            losses[kind] = torch.cat(parts).double()
+        for begin in range(0, 8 * T, T):
+            rows.append(
+                {"run": str(out_dir), "positions": f"{begin}..{begin + T - 1}"}
+                | {kind: loss[:, begin : begin + T].mean().item() for kind, loss in losses.items()}
+            )
+        rows.append(
+            {"run": str(out_dir), "positions": f"all {windows[:, 1:].numel():,}"}
+            | {kind: loss.mean().item() for kind, loss in losses.items()}
+        )
+    write("context", rows, args)

@@ -1,0 +1,92 @@
+"""A whole training step of the 30M model, of its dot-product twin and of nanoGPT's."""
+
+import statistics
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.report import HEADS, LAYERS, TOKENS, VOCABULARY, WIDTH, in_own_process, write
+from build_laplacian import random_distances
+from common import UserError
+from data.laplacian import laplacian_of
+from model import ModelConfig, Tauformer
+from training import optim
+from training.memory import peak_mem_mb
+
+
+def train_step(contender, nanogpt, B, T, steps, compile, threads, device):
+    """(seconds of a training step, median; peak memory in MB) of a 30M model, in a fresh process; on a GPU in bfloat16."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    if contender == "nanogpt":
+        sys.path.insert(0, nanogpt)
+        sys.modules.pop("model")
+        from model import GPT, GPTConfig
+
+        model = GPT(GPTConfig(block_size=T, vocab_size=VOCABULARY, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH, dropout=0.0, bias=False))
+        loss_of = lambda model, idx, targets: model(idx, targets)[1]
+    else:
+        model = Tauformer(
+            ModelConfig(block_size=T, vocab_size=VOCABULARY, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH, attention=contender),
+            torch.from_numpy(laplacian_of(random_distances(WIDTH, seed=0))),
+        )
+        loss_of = lambda model, idx, targets: model(idx, targets)
+    model.to(device)
+    optimizer = optim.adamw(model, 1e-4, (0.9, 0.95), weight_decay=0.1)
+    run = torch.compile(model) if compile else model
+    times = []
+    for _ in range(steps + 1):  # the first is a warm-up
+        idx, targets = torch.randint(VOCABULARY, (2, B, T), device=device).unbind()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        with torch.autocast("cuda", torch.bfloat16) if device == "cuda" else nullcontext():
+            loss = loss_of(run, idx, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[1:]), peak_mem_mb(torch.device(device))
+
+
+def bench_train_step(args):
+    contenders = ["tau", "dot"] + (["nanogpt"] if args.nanogpt else [])
+    if args.nanogpt and not (Path(args.nanogpt) / "model.py").exists():
+        raise UserError(f"--nanogpt={args.nanogpt}: there is no model.py; give a checkout of nanoGPT")
+    rows = []
+    for T in [length for length in (1024, 4096, 16384) if length <= args.longest]:
+        B = max(1, TOKENS[args.device] // T)
+        measured = {contender: [] for contender in contenders}
+        for _ in tqdm(range(args.repeats), desc=f"T = {T}", disable=None):
+            for contender in contenders:
+                measured[contender].append(
+                    in_own_process(
+                        train_step, contender, args.nanogpt, B, T, args.steps, args.compile, torch.get_num_threads(), args.device
+                    )
+                )
+        for contender, results in measured.items():
+            seconds, memory = (statistics.median(column) for column in zip(*results))
+            rows.append(
+                {
+                    "model": contender,
+                    "B": B,
+                    "T": T,
+                    "compile": args.compile,
+                    "step_s": seconds,
+                    "tokens_per_s": B * T / seconds,
+                    "memory_mb": memory,
+                    "runs": len(results),
+                }
+            )
+    base = {row["T"]: row for row in rows if row["model"] == contenders[-1]}
+    for row in rows:
+        row[f"speed_to_{contenders[-1]}"] = row["tokens_per_s"] / base[row["T"]]["tokens_per_s"]
+        row[f"memory_to_{contenders[-1]}"] = row["memory_mb"] / base[row["T"]]["memory_mb"]
+    write("train_step" + ("_cuda" if args.device == "cuda" else "") + ("_compiled" if args.compile else ""), rows, args)

@@ -1,0 +1,88 @@
+"""A file of tensors: one reader and writer. Tensors and, in the header, JSON and "sha256", the hash of the file with that hash's
+digits as zeros. A run's checkpoints are such files (training/checkpoint.py says what they hold), and so are the sessions of
+sample.py."""
+
+import errno
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+from common import UserError, replacing
+
+HEADER = ("config", "tokenizer", "run")  # of a checkpoint
+DIGITS = 64  # of the hash
+
+
+def save(path, tensors, header):
+    """Write tensors and a header of dicts, what JSON can hold, and the hash of both."""
+    from safetensors import SafetensorError  # here, because they bring torch, which most readers of a corpus do without
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        try:
+            save_file(tensors, temporary, {key: json.dumps(value) for key, value in header.items()} | {"sha256": "0" * DIGITS})
+        except SafetensorError as error:  # its name for what the system says
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, f"{path} could not be written: {error}") from None
+        with open(temporary, "r+b") as file:
+            at, digest = hashed(file)
+            file.seek(at)
+            file.write(digest)
+
+
+def hashed(file):
+    """(where the digits of the hash stand in an open file, what they should be). Raises ValueError if there are none."""
+    file.seek(0)
+    start = file.read(8)
+    start += file.read(min(int.from_bytes(start, "little"), os.fstat(file.fileno()).st_size))
+    at = start.index(b'"sha256":"') + len(b'"sha256":"')
+    digest = hashlib.sha256(start[:at] + b"0" * DIGITS + start[at + DIGITS :])
+    while part := file.read(1 << 24):
+        digest.update(part)
+    return at, digest.hexdigest().encode()
+
+
+def load(path, names, kind):
+    """(tensors, header) of a file that save() wrote: the dicts of these names, and "sha256". Runs no code of the file. Raises
+    FileNotFoundError, and UserError if it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        with open(path, "rb") as file:
+            at, digest = hashed(file)
+            file.seek(at)
+            if file.read(DIGITS) != digest:
+                raise ValueError("its sha256 is not that of its content")
+        with safe_open(path, "pt") as file:
+            header = {key: json.loads(file.metadata()[key]) for key in names}
+            if not all(isinstance(value, dict) for value in header.values()):
+                raise ValueError("its header is not of objects")
+            return {name: file.get_tensor(name) for name in file.keys()}, header | {"sha256": digest.decode()}
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged, or no {kind} ({type(error).__name__}: {error})") from None
+
+
+def find(out_dir):
+    """The path of the best checkpoint of a run, of its last if there is no best yet. Raises UserError if none."""
+    for path in [Path(out_dir) / "best.safetensors", *steps(out_dir)]:
+        if path.exists():
+            return path
+    raise UserError(f"no checkpoint in {out_dir}: it should be an output folder of train.py")
+
+
+def step_path(out_dir, step):
+    return Path(out_dir) / f"step_{step:08d}.safetensors"
+
+
+def steps(out_dir):
+    """The paths of the checkpoints to resume from, the newest first."""
+    return sorted(Path(out_dir).glob("step_*.safetensors"), reverse=True)
+
+
+def read(path):
+    """(tensors, header) of a checkpoint, as load() gives them."""
+    return load(path, HEADER, "checkpoint of train.py")

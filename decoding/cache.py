@@ -1,0 +1,277 @@
+"""What attention keeps of the tokens so far, so that a new one costs little. The model calls attend() and recent().
+
+Cache       all keys, and a new token reads them all: (V, lambda_k) for tau, B Hkv T (D + 1) numbers a layer, where (K, V)
+            takes 2 B Hkv T D for dot
+ExactCache  tau: the same numbers, sorted by lambda in segments whose sizes are powers of two, with running sums: a new token
+            reads O(log T) rows (decode.cpp), and the result is the same
+StreamCache tau: sums over bins of lambda, of the same size after any number of tokens; the result is nearly the same
+"""
+
+import functools
+import math
+import sys
+
+import torch
+
+from common import UserError
+from data import checkpoint_file
+from model import energy
+from ops.attention import compiled
+from ops.fused import ENERGY_EPS
+
+SEGMENT, BLOCK = 128, 16  # as in decode.cpp
+
+
+class Cache:
+    energy = staticmethod(energy)
+
+    def __init__(self, config, length=0):
+        """For `length` tokens at most (0: block_size), allocated whole and written in place."""
+        self.config = config
+        self.size = length or config.block_size
+        self.length = 0  # tokens of which every layer has been written
+        self.kept, self.last = {}, {}
+
+    def nbytes(self):
+        return sum(x.nbytes for x in [*self.kept.values(), *self.last.values()])
+
+    def extend(self, layer, **new):
+        """Write what belongs to new tokens, each (B, heads, T, ...) or None; returns the same of all tokens so far."""
+        whole = []
+        for name, x in new.items():
+            if x is not None:
+                if (layer, name) not in self.kept:
+                    self.kept[layer, name] = x.new_zeros(*x.shape[:2], self.size, *x.shape[3:])
+                kept = self.kept[layer, name]
+                end = self.length + x.size(2)
+                kept[:, :, self.length : end] = x
+                x = kept[:, :, :end]
+            whole.append(x)
+        return whole
+
+    def attend(self, layer, operator):
+        """The operator, tau_attention or dot_attention, as a function of new tokens, which takes them up and attends to all."""
+
+        def attend(queries, keys, v, scale, log_decay, key_bias):
+            keys, v, log_decay, key_bias = self.extend(layer, keys=keys, values=v, log_decay=log_decay, key_bias=key_bias)
+            return operator(queries, keys, v, scale, log_decay, key_bias)
+
+        return attend
+
+    def recent(self, layer, name, x, n, dim):
+        """x, along dim, after the last n tokens before it, or as many as there were."""
+        if (layer, name) in self.last:
+            x = torch.cat([self.last[layer, name], x], dim)
+        left = min(n, x.size(dim))
+        self.last[layer, name] = x.narrow(dim, x.size(dim) - left, left).clone()
+        return x
+
+
+@functools.cache
+def decode():
+    return compiled("decoding/decode.cpp", "tauformer_decode")
+
+
+class CompiledCache(Cache):
+    """Of tau on the CPU in float32, by decode.cpp."""
+
+    @staticmethod
+    def energy(x, laplacian):
+        """energy(), in one pass where the tokens are few."""
+        return decode().energy(x, laplacian, ENERGY_EPS) if x.size(1) < 8 else energy(x, laplacian)
+
+
+class ExactCache(CompiledCache):
+    def __init__(self, config, length=0):
+        super().__init__(config, length)
+        self.size = -(-self.size // SEGMENT) * SEGMENT
+        self.layers = {}
+
+    def nbytes(self):
+        return super().nbytes() + sum(x.nbytes for kept in self.layers.values() for x in kept)
+
+    def attend(self, layer, operator):
+        def attend(lambda_q, lambda_k, v, temperature, log_decay, key_bias):
+            if layer not in self.layers:
+                self.layers[layer] = self.allocated(v, lambda_q.size(1), temperature)
+            if self.length == 0:
+                self.fill(self.layers[layer], lambda_k, v, log_decay, key_bias)
+                return operator(lambda_q, lambda_k, v, temperature, log_decay, key_bias)
+            tokens = lambda_q, lambda_k, v, log_decay, key_bias
+            if v.size(2) == 1:
+                return self.step(self.layers[layer], self.length, *tokens)
+            return torch.cat(
+                [
+                    self.step(self.layers[layer], self.length + t, *(x if x is None else x[:, :, t : t + 1] for x in tokens))
+                    for t in range(v.size(2))
+                ],
+                2,
+            )
+
+        return attend
+
+    def allocated(self, v, H, temperature):
+        """(lambdas, weight, values, sums, scales, temperature, ends, now) of a layer, as decode.cpp has them."""
+        (B, Hkv, _, D), N = v.shape, self.size
+        single, double = (functools.partial(torch.zeros, dtype=dtype) for dtype in (torch.float32, torch.float64))
+        return (
+            single(B, Hkv, N),
+            single(B, H, N),
+            single(B, Hkv, N, D),
+            single(B, H, N // BLOCK, 2, D + 1),
+            double(B, H, N // BLOCK, 2),
+            torch.as_tensor(temperature, dtype=torch.float64).expand(H).contiguous(),
+            double(B, H, 1 + N // SEGMENT),
+            double(B, H),
+        )
+
+    def fill(self, kept, lambda_k, v, log_decay, key_bias):
+        """Take up the first tokens, all at once."""
+        lambdas, weight, values, sums, scales, temperature, ends, now = kept
+        T = v.size(2)
+        lambdas[:, :, :T], values[:, :, :T] = lambda_k, v
+        sealed = T // SEGMENT * SEGMENT
+        if log_decay is not None:
+            c = log_decay.double().cumsum(-1)
+            ends[:, :, 1 : 1 + T // SEGMENT] = c[:, :, SEGMENT - 1 :: SEGMENT]
+            now.copy_(c[:, :, -1])
+            for begin, end in [*segments(sealed), (sealed, T)]:
+                weight[:, :, begin:end] = ends[:, :, min(end, sealed) // SEGMENT, None] - c[:, :, begin:end]
+        if key_bias is not None:
+            weight[:, :, :T] += key_bias.repeat_interleave(weight.size(1) // v.size(1), 1)
+        for begin, end in segments(sealed):
+            decode().seal(lambdas, weight, values, sums, scales, temperature, begin, end)
+
+    def step(self, kept, length, *token):
+        """Take up one token, the one after `length` others, and attend."""
+        lambdas, weight, values, sums, scales, temperature, ends, now = kept
+        y = decode().attend(*(x if x is None else x.contiguous() for x in token), *kept, length)
+        if (length + 1) % SEGMENT == 0:  # it completes a segment, which takes in all those shorter than itself
+            sealed, end = length // SEGMENT * SEGMENT, length + 1
+            ends[:, :, end // SEGMENT] = now
+            begin = segments(end)[-1][0]
+            shorter = [(start, stop, stop) for start, stop in segments(sealed) if start >= begin]
+            for start, stop, counted_from in [*shorter, (sealed, end, sealed)]:
+                weight[:, :, start:stop] += (now - ends[:, :, counted_from // SEGMENT])[..., None]
+            decode().seal(lambdas, weight, values, sums, scales, temperature, begin, end)
+        return y
+
+
+def segments(length):
+    """[(start, stop)] of the segments of `length` tokens, a multiple of SEGMENT: the powers of two that it is made of, the
+    greatest first."""
+    found, start = [], 0
+    while start < length:
+        size = 1 << ((length - start) // SEGMENT).bit_length() - 1
+        found.append((start, start + size * SEGMENT))
+        start += size * SEGMENT
+    return found
+
+
+class StreamCache(CompiledCache):
+    """Without an end: memory and time of a token do not depend on the tokens before it.
+
+    [0, 1) is cut into bins, BINS for each unit of a head's temperature, as long as all layers' states take STATE_BYTES at most
+    for a batch of one; beyond it the heads with the most bins get fewer, and `width`, the greatest h, says so. Keys in other
+    bins than the query's count exactly. In its own bin, of width h = 1 / (bins temperature) in units of the logit, each key's
+    weight is wrong by a factor between 1 - h/2 and 1 + h/2, to first order in h. A head's output is thus off by at most
+    h share max|v - out|, share being the weight that the query's own bin has of the whole.
+    (Sums over bins: "Topological Transformer", conclusion, has them as per-centroid aggregates.)"""
+
+    BINS, STATE_BYTES = 16, 8e6
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.size = math.inf
+        self.width = 0.0  # the greatest h of a head
+        self.pending = []  # the last token, if any: the next ones are taken up with it
+
+    def bins(self, temperature, D):
+        """(H + 1,) int64: where the bins of each head of a layer begin."""
+        wanted = (self.BINS / temperature).ceil().clamp_min(1)
+        room = self.STATE_BYTES / (self.config.n_layer * 8 * (D + 1))
+        ordered = wanted.sort()[0]  # who wants few gets them; the others share what is left evenly
+        share = (room - ordered.cumsum(0) + ordered) / torch.arange(len(wanted), 0, -1)
+        if (capped := ordered > share).any():
+            wanted = wanted.clamp_max(max(1, math.floor(share[capped][0])))
+        width = (1 / (wanted * temperature)).max()
+        if capped.any() and width > self.width:
+            print(
+                f"stream: {self.STATE_BYTES / 1e6:g} MB hold fewer bins than the temperatures ask for: weights in a query's own "
+                f"bin are off by {width.exp() * (width / 2).tanh():.2g} of themselves at most",
+                file=sys.stderr,
+            )
+        self.width = max(self.width, width.item())
+        return torch.cat([wanted.new_zeros(1), wanted.cumsum(0)]).long()
+
+    def attend(self, layer, operator):
+        def attend(lambda_q, lambda_k, v, temperature, log_decay, key_bias):
+            B, H, T = lambda_q.shape
+            Hkv, D = v.size(1), v.size(3)
+            temperature = torch.as_tensor(temperature, dtype=torch.float64).expand(H).contiguous()
+            if (layer, "first") not in self.kept:
+                first = self.kept[layer, "first"] = self.bins(temperature, D)
+                self.kept[layer, "state"] = v.new_zeros(B, first[-1], 2, D + 1, dtype=torch.float32)
+                self.kept[layer, "scale"] = v.new_full((B, H), -1e300, dtype=torch.float64)
+            zeros = lambda heads: torch.zeros(B, heads, T, dtype=torch.float64)
+            return decode().stream(
+                lambda_q.contiguous(),
+                lambda_k.contiguous(),
+                v.contiguous(),
+                zeros(H) if log_decay is None else log_decay.double().contiguous(),
+                zeros(Hkv) if key_bias is None else key_bias.double().contiguous(),
+                temperature,
+                *(self.kept[layer, name] for name in ("first", "state", "scale")),
+            )
+
+        return attend
+
+    def save(self, path, model_hash):
+        """The tokens so far, as a file to go on from with the same model, whose checkpoint has this sha256."""
+        tensors = {
+            f"{kind}.{layer}.{name}": x.contiguous() for kind in ("kept", "last") for (layer, name), x in getattr(self, kind).items()
+        }
+        checkpoint_file.save(path, tensors, {"session": {"length": self.length, "pending": self.pending, "model": model_hash}})
+
+    @classmethod
+    def load(cls, path, config, model_hash):
+        """Raises UserError if the file is damaged or of another model."""
+        tensors, header = checkpoint_file.load(path, ["session"], "session of sample.py")
+        cache, session = cls(config), header["session"]
+        if session.get("model") != model_hash:
+            raise UserError(f"{path} is of another model")
+        cache.length, cache.pending = session["length"], session["pending"]
+        for key, x in tensors.items():
+            kind, layer, name = key.split(".")
+            getattr(cache, kind)[int(layer), name] = x
+        return cache
+
+
+def make_cache(name, config, device, length=0):
+    """A cache by name, for so many tokens (0: block_size; stream has no end). exact, where it does not apply (dot, a GPU, no
+    compiler), is the plain one, with which it agrees."""
+    applies = config.attention == "tau" and device.type == "cpu"
+    if name == "plain" or name == "exact" and not applies:
+        return Cache(config, length)
+    if not applies:
+        raise UserError("cache 'stream' is of attention = \"tau\" on a CPU: take exact")
+    if reason := not_compiled():
+        if name == "stream":
+            raise UserError(f"cache 'stream' needs decode.cpp, which could not be compiled: {reason}")
+        say_once(f"exact cache: a token reads all before it, for decode.cpp could not be compiled: {reason}")
+        return Cache(config, length)
+    return StreamCache(config) if name == "stream" else ExactCache(config, length)
+
+
+@functools.cache
+def not_compiled():
+    """What the compiler says of decode.cpp if it does not take it, else None."""
+    try:
+        decode()
+    except Exception as error:  # no compiler, or one that does not know this code
+        return str(error).splitlines()[0]
+
+
+@functools.cache
+def say_once(text):
+    print(text, file=sys.stderr)

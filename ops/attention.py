@@ -1,0 +1,515 @@
+"""tau attention: the operator. One scalar lambda a token and head takes the place of query and key vectors.
+
+tau_attention() is what model.py calls. naive() is its definition. Two compute the same in O(T log T): `walk` (attention.cpp,
+compiled at first use, CPU) and `tree` (plain torch, any device); README, "Why this is fast", explains them. `triton`
+(attention_triton.py) computes it densely in a GPU's fast memory."""
+
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import logging
+import math
+import os
+import platform
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from common import ROOT
+
+IMPLS = ("auto", "naive", "tree", "walk", "triton")
+TRITON_WIDTH = 128  # the widest head of impl="triton"
+TREE_FROM = (
+    131072  # tokens from which on a GPU with triton the tree is taken; up to 65,536 the tiles are ahead: results/attention_cuda.json
+)
+LEAF = 32  # tree: tokens whose pairs are summed directly, at most
+NOTHING = -1e30  # log of a sum of nothing
+
+
+def tau_attention(lambda_q, lambda_k, v, temperature, log_decay=None, key_bias=None, impl="auto"):
+    """Causal attention by distance of scalars: out_i = sum_{j<=i} softmax_j(logit_ij) v_j, where
+
+        logit_ij = -|lambda_q,i - lambda_k,j| / temperature  +  key_bias_j  +  sum of log_decay over j+1 .. i
+
+    (Topological Transformer, 2026, section "taumode attention"; the last two terms are zero in the published form.)
+
+    lambda_q     (B, H, Tq)        bounded energies of the queries, the last Tq of the T positions; Tq = T in training
+    lambda_k     (B, Hkv, T)       of the keys; H is a multiple of Hkv, query head h reads key head h // (H/Hkv)
+    v            (B, Hkv, T, D)    values
+    temperature  number > 0 or (H,)
+    log_decay    (B, H, T) or (H,), <= 0: what a step forward costs
+    key_bias     (B, Hkv, T)
+    impl         "naive": dense, O(T^2) time and memory. "walk": compiled, CPU. "tree": plain torch. Both O(T log T) time
+                 and O(T D) memory, exact. "triton": GPU, D <= 128, O(T^2) time and O(T D) memory. The last three only for
+                 Tq = T. "auto": the fastest that applies.
+
+    Returns (B, H, Tq, D) in v's dtype, computed in float32 (float64 if v is that), under autocast too; triton multiplies
+    weights and values in v's dtype and is never finer than float32. Differentiable in every float input. Raises ValueError
+    for shapes that do not fit, for a number as temperature that is not positive, for an impl that is unknown or does not
+    apply, and, in autograd's anomaly mode, for inputs that are not finite.
+    """
+    given = dict(lambda_q=lambda_q, lambda_k=lambda_k, v=v, temperature=temperature, log_decay=log_decay, key_bias=key_bias)
+    given = {name: x for name, x in given.items() if torch.is_tensor(x)}
+    if not shapes_fit(**given):
+        raise ValueError("shapes do not fit: " + ", ".join(f"{name} {tuple(x.shape)}" for name, x in given.items()))
+    (B, H, Tq), (T, D) = lambda_q.shape, v.shape[2:]
+    if not torch.is_tensor(temperature) and not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be positive")
+    if not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
+        for name, x in given.items():
+            if not x.isfinite().all():
+                raise ValueError(f"{name} holds NaN or infinity")
+    if impl not in IMPLS:
+        raise ValueError(f"impl={impl!r}: one of {', '.join(IMPLS)}")
+    if impl == "auto":
+        device = v.device.type if D <= TRITON_WIDTH and v.dtype is not torch.float64 else f"{v.device.type}, wide"
+        impl = "naive" if Tq < T else fastest(device, "short" if T < 256 else "long" if T >= long_from(device) else "medium")
+    elif impl == "triton":
+        check_triton(v)
+    if impl != "naive" and Tq < T:
+        raise ValueError(f"impl={impl!r} needs a query for every key, not {Tq} for {T}")
+    with torch.autocast(v.device.type, enabled=False):
+        slope = log_decay is not None and log_decay.ndim == 1
+        double = v.dtype is torch.float64 or slope and impl == "walk"  # the slope's gradient sums T^2 / 2 lags
+        inputs = [x.to(torch.float64 if double else torch.float32) for x in (lambda_q, lambda_k, v)]
+        if impl == "triton" and v.dtype in (torch.bfloat16, torch.float16):
+            inputs[2] = v
+        if impl == "naive":
+            return naive(*inputs, temperature, log_decay, key_bias).to(v.dtype)
+        scalar = finest(v.device)  # of positions and log weights
+        if not torch.is_tensor(temperature):
+            temperature = torch.full((H,), temperature, dtype=scalar, device=v.device)
+        temperature = temperature.to(v.device, scalar).expand(H)
+        if log_decay is not None:
+            log_decay = (log_decay if log_decay.ndim == 3 else log_decay[:, None].expand(B, H, T)).to(scalar).cumsum(-1)
+        if key_bias is not None:
+            key_bias = key_bias.to(scalar)
+        return fast_attention(*inputs, temperature, log_decay, key_bias, impl)[0].to(v.dtype)
+
+
+def shapes_fit(lambda_q, lambda_k, v, temperature=None, log_decay=None, key_bias=None):
+    """Whether tensors, where they are given, have the shapes that tau_attention() asks for."""
+    if lambda_q.ndim != 3 or v.ndim != 4:
+        return False
+    (B, H, Tq), (Hkv, T) = lambda_q.shape, v.shape[1:3]
+    return (
+        lambda_k.shape == (B, Hkv, T)
+        and len(v) == B
+        and H % Hkv == 0
+        and Tq <= T
+        and (temperature is None or temperature.shape in ((), (H,)))
+        and (log_decay is None or log_decay.shape in ((B, H, T), (H,)))
+        and (key_bias is None or key_bias.shape == (B, Hkv, T))
+    )
+
+
+def finest(device):
+    """The finest floating type that a device has."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def naive(lambda_q, lambda_k, v, temperature, log_decay=None, key_bias=None):
+    """The reference: the definition of tau_attention, line by line."""
+    weights = attention_weights(lambda_q, lambda_k, temperature, log_decay, key_bias)
+    out = weights.unflatten(1, (v.shape[1], -1)).flatten(2, 3) @ v  # (B, Hkv, group * Tq, D)
+    return out.view(*lambda_q.shape, v.shape[-1])
+
+
+def attention_weights(lambda_q, lambda_k, temperature, log_decay=None, key_bias=None):
+    """softmax of the logits of tau_attention, (B, H, Tq, T)."""
+    B, H, Tq = lambda_q.shape
+    Hkv, T = lambda_k.shape[1:]
+    group = H // Hkv
+
+    distance = (lambda_q.view(B, Hkv, group, Tq, 1) - lambda_k.view(B, Hkv, 1, 1, T)).abs()  # (B, Hkv, group, Tq, T)
+    if torch.is_tensor(temperature) and temperature.ndim:
+        temperature = temperature.to(distance.dtype).view(Hkv, group, 1, 1)
+    logits = -distance / temperature
+    return add_terms(logits.flatten(1, 2), log_decay, key_bias).softmax(-1)
+
+
+def add_terms(logits, log_decay, key_bias):
+    """Logits (B or 1, H, Tq, T) with what tau_attention adds to its own: decay, bias, and -inf where the key is later."""
+    H, Tq, T = logits.shape[1:]
+    if key_bias is not None:
+        logits = logits + key_bias.to(logits.dtype).repeat_interleave(H // key_bias.size(1), 1)[:, :, None]
+    if log_decay is not None:
+        steps = log_decay.to(finest(log_decay.device))
+        steps = steps if log_decay.ndim == 3 else steps[None, :, None].expand(1, H, T)
+        total = steps.cumsum(-1)
+        logits = logits + (total[..., T - Tq :, None] - total[..., None, :]).to(logits.dtype)
+    future = torch.ones(Tq, T, dtype=torch.bool, device=logits.device).triu(T - Tq + 1)
+    return logits.masked_fill(future, float("-inf"))
+
+
+# The fast ones share an interface: forward gives out and what backward needs of it, the logarithm of the softmax's
+# denominator, lse (B, H, T), and diff (B, H, T, D) and diff_one (B, H, T), the sums sum_j p_ij v_j and sum_j p_ij with the
+# sign of a_i - b_j in every term (attention_triton has others in their places). decay is the running sum of log_decay.
+
+
+@torch.library.custom_op("tauformer::attention", mutates_args=())
+def fast_attention(
+    lambda_q: torch.Tensor,
+    lambda_k: torch.Tensor,
+    v: torch.Tensor,
+    temperature: torch.Tensor,
+    decay: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    with float32_on_device_of(v):
+        return backend(impl).forward(*contiguous(lambda_q, lambda_k), dense_rows(v), *contiguous(temperature, decay, bias))
+
+
+@torch.library.custom_op("tauformer::attention_backward", mutates_args=())
+def fast_attention_backward(
+    grad: torch.Tensor,
+    lambda_q: torch.Tensor,
+    lambda_k: torch.Tensor,
+    v: torch.Tensor,
+    temperature: torch.Tensor,
+    decay: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    diff: torch.Tensor,
+    diff_one: torch.Tensor,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of lambda_q, lambda_k, v, temperature, and (B, H, T) of the log weight of every key."""
+    with float32_on_device_of(v):
+        return backend(impl).backward(
+            dense_rows(grad),
+            *contiguous(lambda_q, lambda_k),
+            dense_rows(v),
+            *contiguous(temperature, decay, bias),
+            out,
+            lse,
+            diff,
+            diff_one,
+        )
+
+
+@fast_attention.register_fake
+def _(lambda_q, lambda_k, v, temperature, decay, bias, impl):
+    (B, H, T), D = lambda_q.shape, v.shape[-1]
+    out, lse = v.new_empty(B, T, H, D).transpose(1, 2), temperature.new_empty(B, H, T)
+    if impl == "triton":
+        return out, lse, v.new_empty(2, B, H, T, D), lambda_q.new_empty(B, H, 2)
+    return out, lse, v.new_empty(B, H, T, D), v.new_empty(B, H, T)
+
+
+@fast_attention_backward.register_fake
+def _(grad, lambda_q, lambda_k, v, temperature, decay, bias, out, lse, diff, diff_one, impl):
+    return (
+        torch.empty_like(lambda_q, memory_format=torch.contiguous_format),
+        torch.empty_like(lambda_k, memory_format=torch.contiguous_format),
+        torch.empty_like(v.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2),
+        temperature.new_empty(temperature.shape),
+        temperature.new_empty(lambda_q.shape),
+    )
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.impl = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 7
+    tensors = ctx.saved_tensors
+    v, decay, bias = tensors[2], tensors[4], tensors[5]
+    *grads, grad_weight = fast_attention_backward(grad, *tensors, ctx.impl)
+    grad_bias = grad_weight.unflatten(1, (v.shape[1], -1)).sum(2) if bias is not None else None
+    return *grads, -grad_weight if decay is not None else None, grad_bias, None
+
+
+fast_attention.register_autograd(_backward, setup_context=_save)
+
+
+@contextmanager
+def float32_on_device_of(v):
+    """On the GPU of v, and with float32 products in float32 also where training has set them to TF32."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.cuda.device_of(v):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def contiguous(*tensors):
+    return [tensor.contiguous() if tensor is not None else None for tensor in tensors]
+
+
+def dense_rows(x):
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def by_token(x):
+    """x (B, H, T, D), laid out in memory as (B, T, H, D), as the projections around the operator want it."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def backend(impl):
+    if impl == "triton":
+        from ops import attention_triton
+
+        return attention_triton
+    return load_walk() if impl == "walk" else Tree
+
+
+def fastest(device, context):
+    """The impl that "auto" takes on a device: "short" contexts below 256 tokens, "long" ones from long_from(device) on."""
+    return _fastest(device, context)
+
+
+def long_from(device):
+    """The tokens from which on a device that is no CPU takes the tree."""
+    return TREE_FROM if device == "cuda" and gpu_kernels() else 4096
+
+
+# torch.compile asks once and does not look inside: torch.compiler.assume_constant_result, without the seconds of its import
+fastest._dynamo_marked_constant = long_from._dynamo_marked_constant = True
+
+
+@functools.cache
+def _fastest(device, context):  # says its choice, where there is one, and so once, on standard error
+    tiles = device == "cuda" and gpu_kernels()
+    if context == "short" and not tiles:
+        return "naive"
+    if device.startswith("cpu"):
+        try:
+            load_walk()
+            impl, reason = "walk", "compiled for this CPU"
+        except Exception as error:  # no compiler, or one that does not know this code
+            impl, reason = "tree", f"attention.cpp could not be compiled: {str(error).splitlines()[0]}"
+    else:
+        impl = "tree" if context == "long" else "triton" if tiles else "naive"
+        reason = f"{'from' if context == 'long' else 'below'} {long_from(device):,} tokens{' on' if context == 'long' else ''}"
+        if device == "cuda" and not tiles:
+            reason += ", without the package triton or a GPU of compute capability 8.0"
+    if os.environ.get("RANK", "0") == "0":
+        print(f"tau attention on {device}: {impl} ({reason})", file=sys.stderr)
+    return impl
+
+
+@functools.cache
+def gpu_kernels():
+    """Whether attention_triton.py can be used."""
+    return (
+        importlib.util.find_spec("triton") is not None
+        and torch.cuda.is_available()
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability() >= (8, 0)
+    )
+
+
+def check_triton(v):
+    """Raises ValueError where impl="triton" does not apply to these values."""
+    try:
+        from ops.attention_triton import INTERPRETED
+    except ImportError as error:
+        raise ValueError(f"impl='triton' needs the package triton: {error}") from None
+    if v.device.type != "cuda" and not INTERPRETED:
+        raise ValueError(f"impl='triton' needs a CUDA device, not {v.device.type}; on a CPU TRITON_INTERPRET=1 tries it, slowly")
+    if v.size(3) > TRITON_WIDTH or v.dtype is torch.float64:
+        raise ValueError(f"impl='triton' is for values of {TRITON_WIDTH} numbers at most, of 16 or 32 bits, not {v.size(3)} of {v.dtype}")
+
+
+@functools.cache
+def load_walk():
+    return compiled("ops/attention.cpp", "tauformer_walk")
+
+
+def compiled(source, namespace):
+    """The operators of a C++ file, by its path from the root, compiled for this machine's processor at first use and kept in
+    torch's cache of extensions."""
+    import ninja
+
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of absent CUDA, not needed here
+    from torch.utils.cpp_extension import get_default_build_root, load
+
+    source = ROOT / source
+    processor = Path("/proc/cpuinfo")
+    flags = (
+        next((line for line in processor.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
+        if processor.exists()
+        else ""
+    )
+    digest = hashlib.sha256((source.read_text() + torch.__version__ + platform.processor() + flags).encode()).hexdigest()[:16]
+    path, name = os.environ["PATH"], f"{namespace}_{digest}"
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["PATH"] = ninja.BIN_DIR + os.pathsep + path
+    try:
+        threads = ["-fopenmp"] if sys.platform == "linux" else []  # elsewhere one thread: torch brings no headers for it
+        with open(folder / "ours.lock", "w") as ours:  # one process compiles; the system frees this lock when it is killed,
+            fcntl.flock(ours, fcntl.LOCK_EX)  # but not torch's own, for which all later ones would wait without end
+            (folder / "lock").unlink(missing_ok=True)
+            load(
+                name,
+                [str(source)],
+                extra_cflags=["-O3", "-march=native", "-std=c++20", *threads],
+                extra_ldflags=threads,
+                build_directory=str(folder),
+                is_python_module=False,
+            )
+    finally:
+        os.environ["PATH"] = path
+    return getattr(torch.ops, namespace)
+
+
+def ahead(n, device, diagonal=1):
+    """Mask (n, n) of the pairs (i, j) with j >= i + diagonal."""
+    return torch.ones(n, n, dtype=torch.bool, device=device).triu(diagonal)
+
+
+class Tree:
+    """The walk's mathematics (attention.cpp) without its loop over items. At each level the sources are sorted and their
+    running sums made by chunks: inside a chunk the weights are a matrix, and what the chunks before hand on is one too.
+    A receiver looks up how far it reaches. Every exponent is <= 0 here too."""
+
+    @staticmethod
+    def forward(lambda_q, lambda_k, v, temperature, decay, bias):
+        B, H, T = lambda_q.shape
+        keys, queries = Tree.positions(lambda_q, lambda_k, temperature, decay, bias)
+        rows = torch.cat([v, torch.ones_like(v[..., :1])], -1).flatten(0, 1)  # (B Hkv, T, D + 1)
+        total, diff, scale = Tree.sums(keys, queries, rows, H // v.shape[1], backward=False)
+        Z = total[..., -1:]
+        out, diff = total[..., :-1] / Z, diff / Z
+        lse = scale + Z[..., 0].to(scale.dtype).log()
+        return (
+            by_token(out.view(B, H, T, -1)),
+            lse.view(B, H, T),
+            diff[..., :-1].reshape(B, H, T, -1).contiguous(),
+            diff[..., -1].reshape(B, H, T).contiguous(),
+        )
+
+    @staticmethod
+    def backward(grad, lambda_q, lambda_k, v, temperature, decay, bias, out, lse, diff, diff_one):
+        B, H, T = lambda_q.shape
+        group = H // v.shape[1]
+        (xk, wk), (xq, wq) = Tree.positions(lambda_q, lambda_k, temperature, decay, bias)
+        one = -(grad * out).sum(-1)
+        da = -((grad * diff).sum(-1) + one * diff_one)  # (B, H, T)
+        rows = torch.cat([grad, one[..., None]], -1).flatten(0, 1)
+        total, diff, scale = Tree.sums((xk, wk), (xq, wq - lse.view(-1, T)), rows, 1, backward=True)
+        back = scale.exp().to(v.dtype)[..., None]
+        total, diff = ((x * back).view(B, -1, group, T, x.shape[-1]) for x in (total, diff))
+        v = v[:, :, None]  # (B, Hkv, 1, T, D)
+        grad_weight = ((total[..., :-1] * v).sum(-1) + total[..., -1]).view(B, H, T).to(scale.dtype)
+        db = (diff[..., :-1] * v).sum(-1) + diff[..., -1]  # (B, Hkv, group, T)
+        over = (1 / temperature).to(da.dtype)
+        moment = (da * (xq - xq[:, :1]).view(B, H, T)).sum(-1) + (db.view(B, H, T) * (xk - xq[:, :1]).view(B, H, T)).sum(-1)
+        return (
+            da * over[:, None],
+            (db * over.view(-1, group, 1)).sum(2),
+            by_token(total[..., :-1].sum(2)),
+            -moment.sum(0).to(temperature.dtype) / temperature,
+            grad_weight,
+        )
+
+    @staticmethod
+    def positions(lambda_q, lambda_k, temperature, decay, bias):
+        """(x, w) of the keys and of the queries, each (B H, T): positions lambda / temperature and log weights."""
+        B, H, T = lambda_q.shape
+        scalar, group = temperature.dtype, H // lambda_k.shape[1]
+        xk = lambda_k.to(scalar).repeat_interleave(group, 1) / temperature[:, None]
+        xq = lambda_q.to(scalar) / temperature[:, None]
+        wq = torch.zeros_like(xq) if decay is None else decay
+        wk = -wq if bias is None else bias.repeat_interleave(group, 1) - wq
+        return (xk.flatten(0, 1), wk.flatten(0, 1)), (xq.flatten(0, 1), wq.flatten(0, 1))
+
+    @staticmethod
+    def sums(keys, queries, rows, group, backward):
+        """The pass of attention.cpp: sources (keys; backward: queries) to receivers. keys, queries: (x, w), each
+        (N, T); rows (N / group, T, E) of the sources. Returns sum and diff (N, T, E), times exp(scale), (N, T)."""
+        (xs, ws), (xr, wr) = (queries, keys) if backward else (keys, queries)
+        N, T = xs.shape
+        E, device = rows.shape[-1], rows.device
+        levels = max(0, math.ceil(math.log2(T / LEAF)))
+        C = -(-T // 2**levels)  # tokens of a leaf, items of a chunk
+        padded = C * 2**levels
+        xs, xr, wr = (torch.nn.functional.pad(x, (0, padded - T)) for x in (xs, xr, wr))
+        ws = torch.nn.functional.pad(ws, (0, padded - T), value=NOTHING)
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, padded - T)).flatten(0, 1)
+        head = (torch.arange(N, device=device) // group * padded)[:, None]  # where a head's rows begin
+        plus = -1 if backward else 1  # diff: keys below less keys above, or queries above less queries below
+
+        # leaves: (N, leaves, receiver, source)
+        future = ahead(C, device)
+        leaf = lambda x: x.view(N, -1, C)
+        distance = leaf(xr)[..., :, None] - leaf(xs)[..., None, :]
+        exponent = leaf(ws)[..., None, :] - distance.abs()
+        exponent.masked_fill_(future.T if backward else future, NOTHING)
+        scale = exponent.amax(-1)
+        weight = (exponent - scale[..., None]).to(rows.dtype).exp()
+        signed = torch.where(plus * distance >= 0, weight, -weight)
+        leaf_rows = rows[(head + torch.arange(padded, device=device)).flatten()].view(N, -1, C, E)
+        total, diff = (weight @ leaf_rows).view(N, padded, E), (signed @ leaf_rows).view(N, padded, E)
+        scale = (scale + leaf(wr)).view(N, padded)
+
+        one_level = Tree.level
+        if rows.is_cuda and rows.dtype is torch.float32 and gpu_kernels():
+            from ops.attention_triton import level as one_level
+        for level in range(1, levels + 1):
+            one_level(xs, ws, rows, head, xr, wr, total, diff, scale, C * 2 ** (level - 1), C, backward)
+        return total[:, :T], diff[:, :T], scale[:, :T]
+
+    @staticmethod
+    def level(xs, ws, rows, head, xr, wr, total, diff, scale, half, C, backward):
+        """From the sources in one half of every 2 half tokens to the receivers in the other; total, diff, scale in place."""
+        N, padded = xs.shape
+        E, device = rows.shape[-1], rows.device
+        plus, future = -1 if backward else 1, ahead(C, device)
+        pair = lambda x, right: x.view(N, -1, 2, half, *x.shape[2:])[:, :, int(right)]  # (N, pairs, half, ...)
+        x, order = pair(xs, backward).sort(stable=True)  # the sources, by position
+        w = pair(ws, backward).gather(-1, order)
+        pairs = x.shape[1]
+        begin = torch.arange(pairs, device=device)[:, None] * 2 * half + half * backward
+        chunk = lambda x: x.unflatten(2, (-1, C))  # (N, pairs, chunks, C, ...)
+        source_rows = chunk(rows[(head[..., None] + begin + order).flatten()].view(N, pairs, half, E))
+
+        # sources below a receiver; a tie counts as a key below the query
+        position, log_weight = pair(xr, not backward).contiguous(), pair(wr, not backward)
+        rank = torch.searchsorted(x, position, right=not backward)
+        mine = lambda x: pair(x, not backward)
+        parts = []
+        for up in (True, False):
+            # sum_j of the sources from the first one to j, in the scale reach_j; downwards, from the last one
+            value = w + x if up else w - x
+            reach = value.cummax(-1)[0] if up else value.flip(-1).cummax(-1)[0].flip(-1)
+            reach_c = chunk(reach)
+            inside = (chunk(value)[..., None, :] - reach_c[..., :, None]).to(rows.dtype)
+            inside.masked_fill_(future if up else future.T, -torch.inf)
+            sums = inside.exp_() @ source_rows  # (N, pairs, chunks, C, E)
+            if half > C:  # and of all chunks before
+                ends = reach_c[..., -1 if up else 0]  # (N, pairs, chunks)
+                before, later = ends.roll(1 if up else -1, -1), ahead(half // C, device, 0)
+                carry = ends[..., None, :] - before[..., :, None]
+                carry = carry.masked_fill(later if up else later.T, -torch.inf).to(rows.dtype).exp()
+                state = carry @ sums[..., -1 if up else 0, :]  # (N, pairs, chunks, E)
+                share = (before[..., None] - reach_c).clamp_max(0).to(rows.dtype).exp()
+                sums.addcmul_(share[..., None], state[..., None, :])
+            at = rank - int(up)
+            none, at = (at < 0) | (at >= half), at.clamp(0, half - 1)
+            reached = reach.gather(-1, at) + (log_weight - position if up else log_weight + position)
+            at = at + torch.arange(N * pairs, device=device).view(N, pairs, 1) * half
+            parts.append((sums.view(-1, E)[at.flatten()].view(N, pairs, half, E), reached.masked_fill(none, NOTHING)))
+
+        (below, below_scale), (above, above_scale) = parts
+        highest = torch.maximum(mine(scale), torch.maximum(below_scale, above_scale))
+        factor = lambda x: (x - highest).to(rows.dtype).exp()[..., None]
+        below.mul_(factor(below_scale))
+        above.mul_(factor(above_scale))
+        kept = factor(mine(scale))
+        mine(total).mul_(kept).add_(below).add_(above)
+        mine(diff).mul_(kept).add_(below, alpha=plus).sub_(above, alpha=plus)
+        mine(scale).copy_(highest)

@@ -1,0 +1,814 @@
+"""The operator on a GPU: flash attention's tiles (Dao 2023), whose weights need no Q K^T and hardly an exponential.
+
+Notation of the paper and of attention.naive, for one head, c being the running sum of log_decay:
+
+    P_ij = exp(-|lambda_q,i - lambda_k,j| / temperature + bias_j + c_i - c_j - lse_i)      j <= i,   sum_j P_ij = 1
+    out  = P V
+    dP   = dout V^T,   dS = P * (dP - delta),   delta_i = dout_i . out_i      the softmax's gradient
+    dV   = P^T dout
+    dlambda_q,i = -sum_j dS_ij sign_ij / temperature      sign_ij that of lambda_q,i - lambda_k,j, + at a tie
+    dlambda_k,j =  sum_i dS_ij sign_ij / temperature
+    dtemperature = -(lambda_q . dlambda_q + lambda_k . dlambda_k) / temperature      for P has lambda / temperature only
+    dweight_j    = sum_i dS_ij                            weight_j = bias_j - c_j; what c_i gets is sum_j dS_ij = 0
+
+One kernel makes all sums. Receivers take up the rows of sources: forward, queries those of keys, (V_j, 1); backward, keys those of
+queries, (dout_i, -delta_i), which gives dV and, by a dot product with V, dS's sums. Sources on the one side of a receiver, sign +,
+and on the other are summed apart, for there each weight is a product, of a factor of the source and one of the receiver:
+
+    exp(-|x - y| / temperature) = exp((y - p) / temperature) * exp((p - x) / temperature)    y <= x;  and the other way round
+
+So a tile of weights is a choice: the source's factor `up` where it is at or below the receiver, 0 elsewhere, and `down` where it is
+above. The receiver's factors multiply the sums. p is the middle of the head's lambdas; factors do not overflow where these are at
+most NEAR temperatures apart. Where they are farther, and on the diagonal of a head with decay, a tile takes the exponential of
+each difference and rescales the sums as it finds greater ones (far_tile).
+
+A tile is M receivers by N sources. Nothing of size T x T is kept: the forward pass leaves lse, out and
+spread_i = sum_j P_ij sign_ij (V_j - out_i), whose product with dout_i is what lambda_q,i gets. Every sum has one owner: no
+atomics, and with the same tiles the same bits. Matrix products a tile: two forward, two backward; flash attention has seven.
+
+Sums are float32; the products take V's type. In bfloat16 factors are rounded before anything is made of them, so that numerator and
+denominator agree. Tiles wholly in the future are not visited, nor those whose every weight has decayed below exp(-NEGLIGIBLE) of the
+query's own key's (reaches()).
+
+For long contexts there is one level of the tree (attention.Tree) as a kernel too, which takes O(T)."""
+
+import torch
+import triton
+import triton.language as tl
+
+NEGLIGIBLE = 40
+INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the same code on a CPU, slowly
+NOTHING = tl.constexpr(-1e30)
+NEAR = tl.constexpr(32.0)  # temperatures: a factor is exp(16) at most, and of a bias
+NEAR_BIAS = tl.constexpr(11.0)  # exp(27), far from where float32 and bfloat16 end, exp(88)
+
+
+@triton.jit
+def product(x, y, INTERPRET: tl.constexpr):
+    """x @ y in float32, x rounded to y's type."""
+    x = x.to(y.dtype)
+    if INTERPRET:  # whose products of bfloat16 are wrong
+        return tl.dot(x.to(tl.float32), y.to(tl.float32), input_precision="ieee")
+    return tl.dot(x, y, input_precision="tf32x3")  # of float32: on tensor cores, to about 1e-6
+
+
+@triton.jit
+def rows(x, t, d, stride, T, D: tl.constexpr, WIDTH: tl.constexpr, ALL: tl.constexpr):
+    """Rows t of x (T, D), and zeros beyond it: (len(t), WIDTH). ALL: no t is beyond."""
+    place = x + t.to(tl.int64)[:, None] * stride + d[None, :]
+    if not ALL:
+        return tl.load(place, mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
+    elif D < WIDTH:
+        return tl.load(place, mask=(d < D)[None, :], other=0.0)
+    else:
+        return tl.load(place)
+
+
+@triton.jit
+def entries(x, t, T, other):
+    return tl.load(x + t, mask=t < T, other=other)
+
+
+def key_kernel(
+    lambda_q,
+    lambda_k,
+    v,
+    temperature,
+    bias,
+    middle,
+    factors,
+    weight,
+    H,
+    GROUP,
+    T,
+    HALF: tl.constexpr,
+    PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """middle (B, H, 2): p, and whether the head's lambdas are near one another. Factors and log weights of a block of keys as sources."""
+    head = tl.program_id(0).to(tl.int64)
+    kv = head // GROUP
+    lambda_q, lambda_k = lambda_q + head * T, lambda_k + kv * T
+    if bias is not None:
+        bias += kv * T
+    sharpness = (1 / tl.load(temperature + head % H)).to(tl.float32)
+
+    least = tl.full([BLOCK], float("inf"), tl.float32)
+    greatest = -least
+    greatest_bias = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, T, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        least = tl.minimum(least, tl.minimum(entries(lambda_q, t, T, float("inf")), entries(lambda_k, t, T, float("inf"))))
+        greatest = tl.maximum(greatest, tl.maximum(entries(lambda_q, t, T, float("-inf")), entries(lambda_k, t, T, float("-inf"))))
+        if bias is not None:
+            greatest_bias = tl.maximum(greatest_bias, tl.abs(entries(bias, t, T, 0.0).to(tl.float32)))
+    least, greatest = tl.min(least, 0), tl.max(greatest, 0)
+    p = (least + greatest) * 0.5
+    near = ((greatest - least) * sharpness <= NEAR) & (tl.max(greatest_bias, 0) <= NEAR_BIAS) & (not HALF)  # float16 ends at 2^-24
+    tl.store(middle + head * 2, p)
+    tl.store(middle + head * 2 + 1, near.to(tl.float32))
+
+    t = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x = entries(lambda_k, t, T, 0.0)
+    w = tl.zeros([BLOCK], tl.float32)
+    if bias is not None:
+        w = entries(bias, t, T, 0.0).to(tl.float32)
+    store_factors(
+        factors + head * tl.cdiv(T, PAD) * PAD * 4, weight + head * T, t, x, (x - p) * sharpness, w, w * 0 + 1, T, PAD, v.dtype.element_ty
+    )
+
+
+@triton.jit
+def store_factors(factors, weight, t, x, away, w, one, T, PAD: tl.constexpr, TYPE: tl.constexpr):
+    """What a tile needs of its sources, (padded, 4): x, up, down and the number beside their row; zeros from T on. The factors are as
+    the product sees them."""
+    there, place = t < T, factors + t * 4
+    inside = t < tl.cdiv(T, PAD) * PAD
+    tl.store(place, x, mask=inside)
+    tl.store(place + 1, tl.where(there, tl.exp(w + away), 0.0).to(TYPE).to(tl.float32), mask=inside)
+    tl.store(place + 2, tl.where(there, tl.exp(w - away), 0.0).to(TYPE).to(tl.float32), mask=inside)
+    tl.store(place + 3, tl.where(there, one, 0.0), mask=inside)
+    tl.store(weight + t, w, mask=there)
+
+
+def query_kernel(
+    lambda_q,
+    temperature,
+    out,
+    lse,
+    spread,
+    middle,
+    grad,
+    factors,
+    weight,
+    dout,
+    grad_q,
+    moment,
+    out_b,
+    out_h,
+    out_t,
+    grad_b,
+    grad_h,
+    grad_t,
+    H,
+    T,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PAD: tl.constexpr,
+    M: tl.constexpr,
+):
+    """Of a block of queries: factors and log weights as sources, their rows, the gradient of lambda and the share of the temperature's."""
+    head = tl.program_id(0).to(tl.int64)
+    b, h = head // H, head % H
+    t, d = tl.program_id(1) * M + tl.arange(0, M), tl.arange(0, WIDTH)
+    sharpness = (1 / tl.load(temperature + h)).to(tl.float32)
+    padded = tl.cdiv(T, PAD) * PAD
+    row = rows(grad + b * grad_b + h * grad_h, t, d, grad_t, T, D, WIDTH, False)
+    tl.store(dout + (head * padded + t)[:, None] * D + d[None, :], row, mask=(t < padded)[:, None] & (d < D)[None, :])
+    row = row.to(tl.float32)
+    rounding = rows(spread + (tl.num_programs(0) + head) * T * D, t, d, D, T, D, WIDTH, False).to(tl.float32)
+    delta = tl.sum(row * (rows(out + b * out_b + h * out_h, t, d, out_t, T, D, WIDTH, False).to(tl.float32) + rounding), 1)
+    a = entries(lambda_q + head * T, t, T, 0.0)
+    away = a - tl.load(middle + head * 2)
+    da = -tl.sum(row * rows(spread + head * T * D, t, d, D, T, D, WIDTH, False).to(tl.float32), 1) * sharpness
+    tl.store(grad_q + head * T + t, da, mask=t < T)
+    tl.store(moment + head * T + t, -away * da * sharpness, mask=t < T)
+    w = -entries(lse + head * T, t, T, 0.0).to(tl.float32)
+    store_factors(factors + head * padded * 4, weight + head * T, t, a, -away * sharpness, w, -delta, T, PAD, dout.dtype.element_ty)
+
+
+@triton.jit
+def four(factors, s, N: tl.constexpr):
+    """The columns of factors (padded, 4): one load, of 16 bytes a source."""
+    entry = tl.load(factors + s[:, None] * 4 + tl.arange(0, 4)[None, :])
+    even, odd = tl.split(tl.reshape(entry, [N, 2, 2]))
+    x, down = tl.split(even)
+    up, one = tl.split(odd)
+    return x, up, down, one
+
+
+@triton.jit
+def near_tile(
+    start,
+    plus,
+    minus,
+    one_plus,
+    one_minus,
+    x,
+    r,
+    d,
+    c_edge,
+    factors,
+    source,
+    decay,
+    source_t,
+    T,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    N: tl.constexpr,
+):
+    s = start + tl.arange(0, N)
+    row = rows(source, s, d, source_t, T, D, WIDTH, BACKWARD or not DIAGONAL)
+    y, up, down, one = four(factors, s, N)
+    if decay is not None:
+        c = entries(decay, s, T, 0.0)
+        fade = tl.exp(tl.minimum(c - c_edge if BACKWARD else c_edge - c, 0.0).to(tl.float32))
+        up, down = (up * fade).to(row.dtype).to(tl.float32), (down * fade).to(row.dtype).to(tl.float32)
+    below = y[None, :] >= x[:, None] if BACKWARD else y[None, :] <= x[:, None]
+    P_plus, P_minus = tl.where(below, up[None, :], 0.0), tl.where(below, 0.0, down[None, :])
+    if DIAGONAL:
+        seen = s[None, :] >= r[:, None] if BACKWARD else s[None, :] <= r[:, None]
+        P_plus, P_minus = tl.where(seen, P_plus, 0.0), tl.where(seen, P_minus, 0.0)
+    return add(plus, minus, one_plus, one_minus, P_plus, P_minus, row, one, BACKWARD, INTERPRET)
+
+
+@triton.jit
+def far_tile(
+    start,
+    plus,
+    minus,
+    one_plus,
+    one_minus,
+    scale,
+    x,
+    r,
+    d,
+    c_r,
+    c_edge,
+    sharpness,
+    factors,
+    weight,
+    source,
+    decay,
+    source_t,
+    T,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    N: tl.constexpr,
+):
+    """Sums are in units of exp(scale). Off the diagonal a decay is the sum of two that are both <= 0, so that float32 is fine for
+    each; on it they are not, and a mask is needed."""
+    s = start + tl.arange(0, N)
+    row = rows(source, s, d, source_t, T, D, WIDTH, BACKWARD or not DIAGONAL)
+    y, _, _, one = four(factors, s, N)
+    distance = x[:, None] - y[None, :]
+    e = entries(weight, s, T, float("-inf"))[None, :] - tl.abs(distance) * sharpness
+    if decay is not None:
+        c = entries(decay, s, T, 0.0)
+        if DIAGONAL:
+            lag = c_r[:, None] - c[None, :]
+            e += (-lag if BACKWARD else lag).to(tl.float32)
+        else:
+            to_edge, from_edge = c_r - c_edge, c_edge - c
+            e += (-to_edge if BACKWARD else to_edge).to(tl.float32)[:, None]
+            e += (-from_edge if BACKWARD else from_edge).to(tl.float32)[None, :]
+    if DIAGONAL:
+        e = tl.where(s[None, :] >= r[:, None] if BACKWARD else s[None, :] <= r[:, None], e, float("-inf"))
+    higher = tl.maximum(scale, tl.max(e, 1))
+    P, kept = tl.exp(e - higher[:, None]).to(row.dtype).to(tl.float32), tl.exp(scale - higher)
+    below = distance <= 0 if BACKWARD else distance >= 0
+    plus, minus, one_plus, one_minus = add(
+        plus * kept[:, None],
+        minus * kept[:, None],
+        one_plus * kept,
+        one_minus * kept,
+        tl.where(below, P, 0.0),
+        tl.where(below, 0.0, P),
+        row,
+        one,
+        BACKWARD,
+        INTERPRET,
+    )
+    return plus, minus, one_plus, one_minus, higher
+
+
+@triton.jit
+def add(plus, minus, one_plus, one_minus, P_plus, P_minus, row, one, BACKWARD: tl.constexpr, INTERPRET: tl.constexpr):
+    """To the sums those of a tile."""
+    plus += product(P_plus, row, INTERPRET)
+    minus += product(P_minus, row, INTERPRET)
+    if BACKWARD:
+        P_plus, P_minus = P_plus * one[None, :], P_minus * one[None, :]
+    return plus, minus, one_plus + tl.sum(P_plus, 1), one_minus + tl.sum(P_minus, 1)
+
+
+def sums_kernel(
+    receiver_x,
+    source,
+    v,
+    temperature,
+    decay,
+    bias,
+    reach,
+    middle,
+    factors,
+    weight,
+    out,
+    lse,
+    spread,
+    grad_k,
+    grad_weight,
+    moment,
+    source_b,
+    source_h,
+    source_t,
+    v_b,
+    v_h,
+    v_t,
+    out_b,
+    out_h,
+    out_t,
+    H,
+    GROUP,
+    T,
+    TUNED,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PAD: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+):
+    tile = tl.program_id(1)
+    first = (tile if BACKWARD else tl.num_programs(1) - 1 - tile) * M  # those with the most sources begin
+    head = tl.program_id(0).to(tl.int64)
+    b, h = head // H, head % H
+    kv = b * (H // GROUP) + h // GROUP
+    receiver_x += (kv if BACKWARD else head) * T
+    source += b * source_b + (h if BACKWARD else h // GROUP) * source_h
+    factors, weight = factors + head * tl.cdiv(T, PAD) * PAD * 4, weight + head * T
+    if bias is not None:
+        bias += kv * T
+    r, d = first + tl.arange(0, M), tl.arange(0, WIDTH)
+    x, p = entries(receiver_x, r, T, 0.0), tl.load(middle + head * 2)
+    if not INTERPRET:  # adds 0: x takes the layout of products, so that weights are made where the next product wants them
+        x += tl.sum(tl.dot(tl.zeros([M, 16], source.dtype.element_ty), tl.zeros([16, WIDTH], source.dtype.element_ty)), 1)
+    sharpness = (1 / tl.load(temperature + h)).to(tl.float32)
+    last = tl.minimum(first + M, T)
+    diagonal, past = first // N * N, last if not BACKWARD else tl.cdiv(first + M, N) * N  # where it begins, ends
+    begin, end = (past, T) if BACKWARD else (0, diagonal)
+    c_r, c_edge = 0.0, 0.0
+    if decay is not None:
+        decay, reach = decay + head * T, reach + head * T
+        c_r = entries(decay, r, T, 0.0)
+        if BACKWARD:
+            c_edge, end = tl.load(decay + last - 1), tl.load(reach + last - 1) + 1
+        else:
+            c_edge, begin = tl.load(decay + first), tl.load(reach + first) // N * N
+
+    plus = tl.zeros([M, WIDTH], tl.float32)
+    minus = tl.zeros([M, WIDTH], tl.float32)
+    one_plus = tl.zeros([M], tl.float32)
+    one_minus = tl.zeros([M], tl.float32)
+    scale = tl.full([M], NOTHING, tl.float32)
+    if tl.load(middle + head * 2 + 1) > 0:
+        for start in range(begin, end, N):
+            plus, minus, one_plus, one_minus = near_tile(
+                start,
+                plus,
+                minus,
+                one_plus,
+                one_minus,
+                x,
+                r,
+                d,
+                c_edge,
+                factors,
+                source,
+                decay,
+                source_t,
+                T,
+                D,
+                WIDTH,
+                False,
+                BACKWARD,
+                INTERPRET,
+                N,
+            )
+        if decay is None:
+            for start in range(diagonal, tl.minimum(past, T), N):
+                plus, minus, one_plus, one_minus = near_tile(
+                    start,
+                    plus,
+                    minus,
+                    one_plus,
+                    one_minus,
+                    x,
+                    r,
+                    d,
+                    c_edge,
+                    factors,
+                    source,
+                    decay,
+                    source_t,
+                    T,
+                    D,
+                    WIDTH,
+                    True,
+                    BACKWARD,
+                    INTERPRET,
+                    N,
+                )
+        away = (p - x if BACKWARD else x - p) * sharpness
+        receiver_plus, receiver_minus = tl.exp(-away), tl.exp(away)
+        plus, minus = plus * receiver_plus[:, None], minus * receiver_minus[:, None]
+        one_plus, one_minus = one_plus * receiver_plus, one_minus * receiver_minus
+        scale = tl.zeros([M], tl.float32)
+        if decay is not None:
+            scale += (c_edge - c_r if BACKWARD else c_r - c_edge).to(tl.float32)
+    else:
+        for start in range(begin, end, N):
+            plus, minus, one_plus, one_minus, scale = far_tile(
+                start,
+                plus,
+                minus,
+                one_plus,
+                one_minus,
+                scale,
+                x,
+                r,
+                d,
+                c_r,
+                c_edge,
+                sharpness,
+                factors,
+                weight,
+                source,
+                decay,
+                source_t,
+                T,
+                D,
+                WIDTH,
+                False,
+                BACKWARD,
+                INTERPRET,
+                N,
+            )
+        if decay is None:
+            for start in range(diagonal, tl.minimum(past, T), N):
+                plus, minus, one_plus, one_minus, scale = far_tile(
+                    start,
+                    plus,
+                    minus,
+                    one_plus,
+                    one_minus,
+                    scale,
+                    x,
+                    r,
+                    d,
+                    c_r,
+                    c_edge,
+                    sharpness,
+                    factors,
+                    weight,
+                    source,
+                    decay,
+                    source_t,
+                    T,
+                    D,
+                    WIDTH,
+                    True,
+                    BACKWARD,
+                    INTERPRET,
+                    N,
+                )
+    if decay is not None:
+        for start in range(diagonal, tl.minimum(past, end if BACKWARD else T), N):
+            plus, minus, one_plus, one_minus, scale = far_tile(
+                start,
+                plus,
+                minus,
+                one_plus,
+                one_minus,
+                scale,
+                x,
+                r,
+                d,
+                c_r,
+                c_edge,
+                sharpness,
+                factors,
+                weight,
+                source,
+                decay,
+                source_t,
+                T,
+                D,
+                WIDTH,
+                True,
+                BACKWARD,
+                INTERPRET,
+                N,
+            )
+
+    inside = (r < T)[:, None] & (d < D)[None, :]
+    place = out + b * out_b + h * out_h + r.to(tl.int64)[:, None] * out_t + d[None, :]  # out is dV in the backward pass
+    if BACKWARD:
+        if bias is not None:
+            scale += entries(bias, r, T, 0.0).to(tl.float32)
+        unit = tl.exp(scale)
+        total, diff = (plus + minus) * unit[:, None], (plus - minus) * unit[:, None]
+        tl.store(place, total, mask=inside)
+        value = rows(v + b * v_b + h // GROUP * v_h, r, d, v_t, T, D, WIDTH, False).to(tl.float32)
+        db = (tl.sum(diff * value, 1) + (one_plus - one_minus) * unit) * sharpness
+        tl.store(grad_k + head * T + r, db, mask=r < T)
+        tl.store(grad_weight + head * T + r, tl.sum(total * value, 1) + (one_plus + one_minus) * unit, mask=r < T)
+        tl.store(moment + head * T + r, (p - x) * db * sharpness, mask=r < T)
+    else:
+        Z = one_plus + one_minus
+        total = (plus + minus) / Z[:, None]
+        rounded = total.to(out.dtype.element_ty)
+        tl.store(place, rounded, mask=inside)
+        place = spread + (head * T + r.to(tl.int64))[:, None] * D + d[None, :]
+        tl.store(place, (plus - minus) / Z[:, None] - ((one_plus - one_minus) / Z)[:, None] * total, mask=inside)
+        tl.store(place + tl.num_programs(0).to(tl.int64) * T * D, total - rounded.to(tl.float32), mask=inside)
+        tl.store(lse + head * T + r, scale + tl.log(Z), mask=r < T)
+
+
+@triton.jit
+def maximum(x, y):
+    return tl.maximum(x, y)
+
+
+def level_kernel(
+    x,
+    w,
+    order,
+    values,
+    weight,
+    total,
+    diff,
+    scale,
+    new_scale,
+    half,
+    pairs,
+    GROUP,
+    E,
+    sign,
+    BACKWARD: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    C: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """One level of the tree (attention.Tree), upwards: sources and receivers of a pair of halves in the order of their positions x,
+    C at a time. From chunk to chunk goes one state, the sum of all sources so far in the scale exp(held), which decays by the
+    distance between the chunks' first items. Inside a chunk the weights of sources in the sums of items are a matrix:
+
+        u_s = w_s + x_s,   reach_r = max of held and u_s, s <= r
+        sum_r = sum_{s<=r} exp(u_s - reach_r) v_s + exp(held - reach_r) state      times exp(reach_r - x_r)
+
+    Receivers take up their sum. A program has COLS columns of one pair."""
+    pair = tl.program_id(0).to(tl.int64)
+    n, begin = pair // pairs, pair % pairs * 2 * half
+    d, c = tl.program_id(1) * COLS + tl.arange(0, COLS), tl.arange(0, C)
+    padded = pairs * 2 * half
+    x += pair * 2 * half
+    w += pair * 2 * half
+    order += pair * 2 * half
+    values += (n // GROUP * padded + begin) * E
+    total += (n * padded + begin) * E
+    diff += (n * padded + begin) * E
+    weight += n * padded + begin
+    scale += n * padded + begin
+    new_scale += n * padded + begin
+    before = tl.load(x)
+    held = before * 0 + NOTHING
+    state = tl.zeros([COLS], tl.float32)
+    for start in range(0, 2 * half, C):
+        m = start + c
+        there = m < 2 * half
+        first = tl.load(x + start)
+        held -= first - before
+        before = first
+        ahead = tl.load(x + m, mask=there, other=0.0) - first
+        t = tl.load(order + m, mask=there, other=0)
+        u = tl.load(w + m, mask=there, other=NOTHING) + tl.where(there, ahead, 0.0)
+        reach = tl.maximum(tl.associative_scan(u, 0, maximum), held)
+        A = tl.exp(tl.where(c[None, :] <= c[:, None], u[None, :] - reach[:, None], NOTHING).to(tl.float32))
+        inside = there[:, None] & (d < E)[None, :]
+        place = t[:, None] * E + d[None, :]
+        summed = product(A, tl.load(values + place, mask=inside, other=0.0), INTERPRET)
+        summed += tl.exp((held - reach).to(tl.float32))[:, None] * state[None, :]
+        receives = there & ((t >= half) != BACKWARD)
+        old = tl.load(scale + t, mask=receives, other=0.0)
+        reached = reach - ahead + tl.load(weight + t, mask=receives, other=0.0)
+        new = tl.maximum(old, reached)
+        kept, added = tl.exp((old - new).to(tl.float32))[:, None], tl.exp((reached - new).to(tl.float32))[:, None] * summed
+        inside = receives[:, None] & (d < E)[None, :]
+        tl.store(total + place, tl.load(total + place, mask=inside, other=0.0) * kept + added, mask=inside)
+        tl.store(diff + place, tl.load(diff + place, mask=inside, other=0.0) * kept + sign * added, mask=inside)
+        if tl.program_id(1) == 0:
+            tl.store(new_scale + t, new, mask=receives)
+        state = tl.sum(tl.where(c[:, None] == C - 1, summed, 0.0), 0)
+        held = tl.max(reach, 0)
+
+
+# (M, N, warps, stages, registers of a thread at most) to choose from, on the first inputs of each head size, type and tuned_for(T)
+TILES = [(64, 32, 4, 3, 168), (64, 64, 4, 3, None), (128, 64, 8, 3, None), (64, 32, 8, 3, None), (32, 32, 4, 2, None)]
+INTERPRETED_TILE = {"M": 64, "N": 64}
+KEYS_BLOCK, QUERIES_BLOCK = 1024, 32
+PAD = 128  # what the sources of a tile are padded to: a multiple of every N
+LEVEL_TILE = (64, 32, 4, 2)  # items of a chunk, columns, warps, stages
+
+
+def launcher():
+    kernel = triton.jit(sums_kernel)
+    if INTERPRETED:  # autotuning needs a device
+        return lambda grid, *args: kernel[grid(INTERPRETED_TILE)](*args, **INTERPRETED_TILE)
+    tuned = triton.autotune(
+        [
+            triton.Config({"M": M, "N": N}, num_warps=warps, num_stages=stages, maxnreg=registers)
+            for M, N, warps, stages, registers in TILES
+        ],
+        key=["WIDTH", "BACKWARD", "TUNED"],
+    )(kernel)
+    return lambda grid, *args: tuned[grid](*args)
+
+
+launch_keys, launch_queries, launch_level, launch_sums = (
+    triton.jit(key_kernel),
+    triton.jit(query_kernel),
+    triton.jit(level_kernel),
+    launcher(),
+)
+
+
+def level(xs, ws, rows, head, xr, wr, total, diff, scale, half, C, backward):
+    """attention.Tree.level, as a walk over the merged order of sources and receivers: upwards, and upwards from the other end."""
+    N, E, (items, columns, warps, stages) = len(xs), rows.shape[-1], LEVEL_TILE
+    halves = lambda left, right: torch.cat([left.view(N, -1, 2, half)[:, :, 0], right.view(N, -1, 2, half)[:, :, 1]], -1)
+    nothing = torch.full_like(xs, NOTHING.value)
+    x, order = halves(*((xr, xs) if backward else (xs, xr))).sort(stable=True)  # a tie counts as a key below the query
+    w = halves(*((nothing, ws) if backward else (ws, nothing))).gather(-1, order)
+    pairs = x.size(1)
+    for up in (True, False):
+        new_scale = scale.clone()
+        launch_level[N * pairs, triton.cdiv(E, columns)](
+            x,
+            w,
+            order,
+            rows,
+            wr,
+            total,
+            diff,
+            scale,
+            new_scale,
+            half,
+            pairs,
+            N * xs.size(1) // len(rows),
+            E,
+            1.0 if up != backward else -1.0,
+            backward,
+            INTERPRETED,
+            items,
+            columns,
+            num_warps=warps,
+            num_stages=stages,
+        )
+        scale.copy_(new_scale)
+        x, w, order = -x.flip(-1), w.flip(-1), order.flip(-1)
+
+
+def width(D):
+    return max(16, triton.next_power_of_2(D))
+
+
+def padded(T):
+    return triton.cdiv(T, PAD) * PAD
+
+
+def tuned_for(T):
+    """Lengths of the same number take the same tiles."""
+    return min(max(triton.next_power_of_2(T), 256), 8192)
+
+
+def strides(*tensors):
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def reaches(lambda_q, lambda_k, temperature, decay, bias):
+    """(oldest, newest), each (B, H, T) int32: the first key that counts for a query, and the last query that a key counts for;
+    None without decay. c never rises: what is beyond has a weight of exp(-NEGLIGIBLE) of the query's own key's at most, by a
+    bound that is that of the head's farthest query for all."""
+    if decay is None:
+        return None, None
+    group = lambda_q.size(1) // lambda_k.size(1)
+    bias = torch.zeros_like(lambda_k) if bias is None else bias
+    own = bias.repeat_interleave(group, 1) - (lambda_q - lambda_k.repeat_interleave(group, 1)).abs() / temperature[:, None]
+    slack = NEGLIGIBLE + bias.amax(-1, keepdim=True).repeat_interleave(group, 1) - own.amin(-1, keepdim=True)
+    return (
+        torch.searchsorted(-decay, -decay - slack, out_int32=True),
+        torch.searchsorted(-decay, slack - decay, right=True, out_int32=True) - 1,
+    )
+
+
+def forward(lambda_q, lambda_k, v, temperature, decay, bias):
+    """out (B, H, T, D) in v's type, lse (B, H, T), (2, B, H, T, D) of spread and of what rounding took from out, and middle (B, H, 2)."""
+    (B, H, T), D = lambda_q.shape, v.shape[-1]
+    out, lse = v.new_empty(B, T, H, D).transpose(1, 2), temperature.new_empty(B, H, T)
+    spread, middle = v.new_empty(2, B, H, T, D), lambda_q.new_empty(B, H, 2)
+    factors, weight = lambda_q.new_empty(B, H, padded(T), 4), lambda_q.new_empty(B, H, T)
+    launch_keys[B * H, triton.cdiv(padded(T), KEYS_BLOCK)](
+        lambda_q, lambda_k, v, temperature, bias, middle, factors, weight, H, H // v.shape[1], T, v.dtype is torch.float16, PAD, KEYS_BLOCK
+    )
+    oldest, _ = reaches(lambda_q, lambda_k, temperature, decay, bias)
+    launch_sums(
+        lambda tile: (B * H, triton.cdiv(T, tile["M"])),
+        lambda_q,
+        v,
+        v,
+        temperature,
+        decay,
+        bias,
+        oldest,
+        middle,
+        factors,
+        weight,
+        out,
+        lse,
+        spread,
+        None,
+        None,
+        None,
+        *strides(v, v, out),
+        H,
+        H // v.shape[1],
+        T,
+        tuned_for(T),
+        D,
+        width(D),
+        PAD,
+        INTERPRETED,
+        False,
+    )
+    return out, lse, spread, middle
+
+
+def backward(grad, lambda_q, lambda_k, v, temperature, decay, bias, out, lse, spread, middle):
+    (B, H, T), D = lambda_q.shape, v.shape[-1]
+    group = H // v.shape[1]
+    factors, weight, moment = lambda_q.new_empty(B, H, padded(T), 4), lambda_q.new_empty(B, H, T), lambda_q.new_empty(2, B, H, T)
+    grad_q, grad_k, grad_weight = torch.empty_like(lambda_q), torch.empty_like(lambda_q), temperature.new_empty(B, H, T)
+    rows, grad_v = v.new_empty(B, H, padded(T), D), (v if group == 1 else lambda_q).new_empty(B, T, H, D).transpose(1, 2)
+    launch_queries[B * H, padded(T) // QUERIES_BLOCK](
+        lambda_q,
+        temperature,
+        out,
+        lse,
+        spread,
+        middle,
+        grad,
+        factors,
+        weight,
+        rows,
+        grad_q,
+        moment[0],
+        *strides(out, grad),
+        H,
+        T,
+        D,
+        width(D),
+        PAD,
+        QUERIES_BLOCK,
+    )
+    _, newest = reaches(lambda_q, lambda_k, temperature, decay, bias)
+    launch_sums(
+        lambda tile: (B * H, triton.cdiv(T, tile["M"])),
+        lambda_k,
+        rows,
+        v,
+        temperature,
+        decay,
+        bias,
+        newest,
+        middle,
+        factors,
+        weight,
+        grad_v,
+        None,
+        None,
+        grad_k,
+        grad_weight,
+        moment[1],
+        *strides(rows, v, grad_v),
+        H,
+        group,
+        T,
+        tuned_for(T),
+        D,
+        width(D),
+        PAD,
+        INTERPRETED,
+        True,
+    )
+    if group > 1:
+        grad_k = grad_k.unflatten(1, (-1, group)).sum(2)
+        grad_v = grad_v.transpose(1, 2).unflatten(2, (-1, group)).sum(3).to(v.dtype).transpose(1, 2)
+    return grad_q, grad_k, grad_v, moment.sum((0, 1, 3), dtype=temperature.dtype), grad_weight

@@ -1,0 +1,75 @@
+"""Attention by dot product: the operator of the twin, and of tau's local heads."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from ops.attention import add_terms, finest
+
+DOT_SCALE = 1.2  # sharpens the weights of queries and keys that are normed
+
+
+def dot_attention(q, k, v, scale=DOT_SCALE, log_decay=None, key_bias=None):
+    """The twin's operator: softmax(scale q.k / sqrt(D) + what tau_attention adds to its logits), causal. q (B, H, Tq, D) are
+    the last Tq of the T positions of k and v (B, Hkv, T, D), scale a number or (H,); returns (B, H, Tq, D)."""
+    Tq, T, D, group = q.size(2), k.size(2), k.size(3), q.size(1) // k.size(1)
+    if torch.is_tensor(scale):
+        q, scale = q * scale.view(-1, 1, 1).to(q.dtype), 1.0
+    mask, scale = None, scale / math.sqrt(D)
+    if log_decay is not None or key_bias is not None:
+        if Tq == T:
+            q, k, v = with_key_weights(q * scale, k, v, log_decay, key_bias)
+            scale = 1.0
+        else:
+            mask = add_terms(q.new_zeros(1, q.size(1), Tq, T), log_decay, key_bias)
+    elif Tq not in (1, T):
+        mask = torch.ones(Tq, T, dtype=torch.bool, device=q.device).tril(T - Tq)
+    return F.scaled_dot_product_attention(
+        q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, is_causal=mask is None and Tq == T, scale=scale, enable_gqa=group > 1
+    )[..., :D]
+
+
+def with_key_weights(q, k, v, log_decay, key_bias):
+    """q, k and v with more numbers, for flash attention: to q.k they add what a key weighs, bias_j - c_j, where c is the running
+    sum of log_decay; c_i, the same for all keys, softmax does not see. Keys have the weight in three parts, so that it is
+    whole in bfloat16 too, for each of the heads that read them; queries have ones, values zeros. The logits are as large as c, so
+    that a weight is off by 2^-24 c at most: 6e-5 of itself where the decays before it sum to 1,000."""
+    (B, H, T, D), Hkv = q.shape, k.size(1)
+    weight = 0 if log_decay is None else -log_decay.to(finest(q.device)).cumsum(-1)
+    if key_bias is not None:
+        weight = weight + key_bias.to(finest(q.device)).repeat_interleave(H // Hkv, 1)
+    high = weight + (weight.bfloat16() - weight).detach()  # with the whole gradient
+    rest = (weight - high).detach()
+    parts = torch.stack([high, rest.bfloat16(), rest - rest.bfloat16()], -1).to(k.dtype)  # (B, H, T, 3)
+    parts = parts.view(B, Hkv, -1, T, 3).movedim(2, 3).flatten(3)
+    ones = torch.eye(H // Hkv, dtype=q.dtype, device=q.device).repeat_interleave(3, 1).repeat(Hkv, 1)[:, None].expand(B, H, T, -1)
+    width = -(-(D + ones.size(-1)) // 8) * 8  # as flash attention wants it
+    padded = lambda x: F.pad(x, (0, width - x.size(-1)))
+    return padded(torch.cat([q, ones], -1)), padded(torch.cat([k, parts], -1)), padded(v)
+
+
+def window_attention(q, k, v, log_decay, key_bias, window, scale):
+    """dot_attention to the last `window` tokens, the query's own among them: q (B, H, Tq, D) are the last Tq of the T <= Tq +
+    window - 1 positions of k and v (B, Hkv, T, D), log_decay (B, H, T) and key_bias (B, Hkv, T) or None, scale a number or
+    (H,). O(T window)."""
+    (B, H, Tq, D), Hkv, T = q.shape, k.size(1), k.size(2)
+    if T <= window:
+        return dot_attention(q, k, v, scale, log_decay, key_bias)
+    blocks, group = -(-Tq // window), H // k.size(1)
+    before, after = window - (T - Tq), blocks * window - Tq
+    blocked = lambda x: F.pad(x, (0, 0) * (x.ndim - 3) + (before, after)).unfold(2, 2 * window, window)  # a block and the one before it
+    scale = torch.as_tensor(scale / math.sqrt(D), dtype=q.dtype, device=q.device)
+    q = F.pad(q * scale.view(-1, 1, 1), (0, 0, 0, after))
+    k, v = blocked(k.to(q.dtype)), blocked(v.to(q.dtype))  # (B, Hkv, blocks, D, 2 window)
+    logits = q.view(B, Hkv, group, blocks, window, D) @ k[:, :, None]
+    if log_decay is not None:
+        c = blocked(log_decay.to(finest(q.device)).cumsum(-1)).view(B, Hkv, group, blocks, 2 * window)
+        c = (c - c[..., window : window + 1]).to(q.dtype)
+        logits = logits + c[..., window:, None] - c[..., None, :]
+    if key_bias is not None:
+        logits = logits + blocked(key_bias.to(q.dtype))[:, :, None, :, None]
+    i, j = (torch.arange(n, device=q.device) for n in (window, 2 * window))
+    seen = (j > i[:, None]) & (j <= window + i[:, None]) & (j + window * torch.arange(blocks, device=q.device)[:, None, None] >= before)
+    y = logits.masked_fill(~seen, -math.inf).softmax(-1) @ v[:, :, None].transpose(-1, -2)
+    return y.view(B, H, blocks * window, D)[:, :, :Tq]

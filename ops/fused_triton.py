@@ -1,0 +1,65 @@
+"""The loss on a GPU: a kernel that turns a row of logits into its gradient, in place, so that each goes through memory once for
+the loss and once for the gradient (fused.ChunkedLoss is the same in plain torch)."""
+
+import torch
+import triton
+import triton.language as tl
+
+CHUNK = 4096  # tokens whose logits are in memory at once, or a 32nd of the batch if that is more
+ALIGNED = 64  # a multiple of it are the columns of the logits: matrix products of rows that begin anywhere are slow
+BLOCK, WARPS = 8192, 16
+
+
+@triton.jit
+def capped(row, v, width, V, softcap, CAPPED: tl.constexpr):
+    """The logits at v, -inf from V on, after the softcap: softcap tanh(z / softcap) = softcap (2 sigmoid(2 z / softcap) - 1)."""
+    z = tl.load(row + v, mask=v < width, other=0.0).to(tl.float32)  # by the mask of V it could not read 16 bytes at once
+    if CAPPED:
+        z = softcap * (2 / (1 + tl.exp(-2 / softcap * z)) - 1)
+    return tl.where(v < V, z, float("-inf"))
+
+
+def row_kernel(logits, targets, losses, width, V, softcap, CAPPED: tl.constexpr, NEEDS_GRAD: tl.constexpr, BLOCK: tl.constexpr):
+    """A row of logits (N, width), of which V count: its loss, log sum_v exp(z_v) - z_target, and in its place the gradient,
+    softmax(z) less 1 at the target, times a quarter of the softcap's derivative 1 - (z / softcap)^2, and zeros from V on."""
+    n = tl.program_id(0).to(tl.int64)
+    row, target = logits + n * width, tl.load(targets + n)
+    at_target = capped(row, target, width, V, softcap, CAPPED)  # before anything is overwritten: the sums below wait for all threads
+    greatest, total = float("-inf"), 0.0
+    for start in range(0, V, BLOCK):
+        z = capped(row, start + tl.arange(0, BLOCK), width, V, softcap, CAPPED)
+        new = tl.maximum(greatest, tl.max(z, 0))
+        total = total * tl.exp(greatest - new) + tl.sum(tl.exp(z - new), 0)
+        greatest = new
+    lse = greatest + tl.log(total)
+    tl.store(losses + n, lse - at_target)
+    if NEEDS_GRAD:
+        for start in range(0, width, BLOCK):
+            v = start + tl.arange(0, BLOCK)
+            z = capped(row, v, width, V, softcap, CAPPED)
+            grad = tl.exp(z - lse) - tl.where(v == target, 1.0, 0.0)
+            if CAPPED:
+                grad *= 0.25 - 0.25 / softcap / softcap * z * z
+            tl.store(row + v, tl.where(v < V, grad, 0.0).to(logits.dtype.element_ty), mask=v < width)
+
+
+launch_rows = triton.jit(row_kernel)
+
+
+def summed_loss(x, weight, targets, softcap, needs_grad, dtype):
+    """As fused.summed_loss."""
+    N, V = len(x), len(weight)
+    width = triton.cdiv(V, ALIGNED) * ALIGNED
+    W = torch.nn.functional.pad(weight.to(dtype), (0, 0, 0, width - V))
+    chunk = min(N, max(CHUNK, triton.cdiv(N, 32)))
+    logits, losses = x.new_empty(chunk, width, dtype=dtype), x.new_empty(N, dtype=torch.float32)
+    grad_x, grad_weight = (torch.empty_like(x), weight.new_zeros(width, weight.size(1))) if needs_grad else (x.new_empty(0), x.new_empty(0))
+    for start in range(0, N, chunk):
+        x_c, target, loss = (part[start : start + chunk] for part in (x, targets, losses))
+        x_c = x_c.to(dtype)
+        z = torch.mm(x_c, W.T, out=logits[: len(x_c)])
+        launch_rows[len(z),](z, target, loss, width, V, softcap or 1.0, bool(softcap), needs_grad, BLOCK, num_warps=WARPS)
+        if needs_grad:
+            grad_x[start : start + chunk] = z @ W
+            grad_weight += z.T @ x_c
+    return losses.sum(), grad_x, grad_weight[:V]

@@ -1,0 +1,155 @@
+"""Energies of texts on a domain's manifold: E = x^T L x / (x^T x + eps) of the embedding x (F,) of each document, and
+lambda = E / (E + tau), where tau is the median of E.
+
+    python data/energy.py mine.jsonl --laplacian=data/mine/laplacian.parquet --embeddings=mine.npy
+    python data/energy.py data/mine --laplacian=data/mine/laplacian.parquet --embeddings=data/mine --against=other.jsonl
+
+A document of low energy has like values on features that are neighbours in the graph: it is as the domain is. Prints
+percentiles and the least and greatest; with --against, how often a document of the first has the lower energy (the AUC).
+Writes NAME.energies.jsonl (of a folder: energies.jsonl in it), a line a document, "document" being its number among those
+that are not empty, from 0, and beside it a .png, the histogram."""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import plot
+from build_laplacian import opened
+from common import Parser, UserError, check_place, refuse_existing, replacing, run
+from data.corpus import Corpus, read_jsonl
+from data.embed import lsa_embeddings, sentence_model
+from data.laplacian import load_laplacian
+from model import energy
+from ops.fused import ENERGY_EPS
+
+SHOWN = 5  # documents at either end
+PERCENTILES = (5, 25, 50, 75, 95)
+
+
+def documents(path):
+    """The texts of a JSONL file, or the validation documents, which no embedding was made of, of a prepared corpus."""
+    texts = list(Corpus(path).documents("val") if path.is_dir() else read_jsonl([path]))
+    if not texts:
+        raise UserError(f"{path} holds no documents")
+    return texts
+
+
+def embeddings_of(texts, path, source):
+    """(N, F) float64: the rows of what build_laplacian.py takes; or made here, by a corpus folder's LSA or a sentence model."""
+    if (Path(source) / "lsa.npz").exists():
+        x = lsa_embeddings(texts, Path(source) / "lsa.npz").astype(np.float64)
+    elif (Path(source) / "meta.json").exists():
+        raise UserError(
+            f"{source} has no lsa.npz: make it with `python data/embed.py {source} --overwrite`, or give "
+            "a file of embeddings or a sentence model"
+        )
+    elif Path(source).is_dir() or Path(source).suffix in (".npy", ".parquet"):
+        shards = opened(Path(source))
+        rows = sum(shard.rows for shard in shards)
+        if rows != len(texts):
+            raise UserError(f"{source} has {rows} rows, {path} has {len(texts)} documents: they must match, row by row")
+        x = np.concatenate([rows for shard in shards for number in range(len(shard.pieces)) for rows in shard.read(number)])
+        x = x.astype(np.float64)
+    else:
+        x = sentence_model(texts, source).astype(np.float64)
+    if not np.isfinite(x).all():
+        raise UserError(f"{source}: row {np.flatnonzero(~np.isfinite(x).all(1))[0]} holds NaN or infinity")
+    return x
+
+
+def energies(x, L):
+    """E (N,) of x (N, F), L (F, F); NaN for rows of zeros, which have no direction."""
+    E = energy(torch.from_numpy(x)[None, :, None], torch.from_numpy(L)[None])[0, :, 0].numpy()
+    return np.where(x.any(1), E, np.nan)
+
+
+def auc(low, high):
+    """The share of pairs, one of `low` (N,) and one of `high` (M,), in which the first is the less; a tie counts half."""
+    high = np.sort(high)
+    below, upto = (np.searchsorted(high, low, side) for side in ("left", "right"))
+    return float(1 - (below + upto).mean() / 2 / len(high))
+
+
+def draw_histogram(axis, groups):
+    bins = np.histogram_bin_edges(np.concatenate([E for _, E in groups]), 60)
+    for name, E in groups:
+        axis.hist(E, bins, density=True, alpha=0.5, label=f"{name} ({len(E):,})")
+    axis.set(xlabel="E", ylabel="density", title="energies of documents")
+    axis.legend(fontsize="small")
+
+
+def main():
+    options = Parser(__doc__)
+    options.add_argument("texts", type=Path, metavar="TEXTS", help="JSONL file, or a prepared corpus: its validation documents")
+    options.add_argument("--laplacian", type=Path, required=True, metavar="FILE.parquet")
+    options.add_argument(
+        "--embeddings",
+        required=True,
+        help=".npy or parquet with a row for each document; or what makes them: a corpus folder with an lsa.npz, or a sentence model",
+    )
+    options.add_argument("--against", type=Path, metavar="TEXTS", help="other texts, to be told from the first")
+    options.add_argument("--against_embeddings", help="theirs (default: made by what --embeddings names)")
+    options.add_argument(
+        "--out", type=Path, metavar="FILE.jsonl", help="(default: NAME.energies.jsonl beside TEXTS, or energies.jsonl in a folder)"
+    )
+    options.add_argument("--overwrite", action="store_true", help="replace what is there already")
+    args = options.parse_args()
+    out = args.out or (args.texts / "energies.jsonl" if args.texts.is_dir() else args.texts.with_suffix(".energies.jsonl"))
+    check_place(out, ".jsonl", args.overwrite)
+    refuse_existing(out.with_suffix(".png"), args.overwrite)
+    if args.against_embeddings and not args.against:
+        raise UserError("--against_embeddings needs --against")
+
+    L, groups = load_laplacian(args.laplacian), []
+    for path, source in ((args.texts, args.embeddings), (args.against, args.against_embeddings or args.embeddings)):
+        if path is None:
+            continue
+        texts = documents(path)
+        x = embeddings_of(texts, path, source)
+        if x.shape[1] != len(L):
+            raise UserError(f"{source} has {x.shape[1]} features, {args.laplacian} has {len(L)}: they must be the same")
+        groups.append((path, texts, energies(x, L)))
+        if np.isnan(groups[-1][2]).all():
+            raise UserError(f"{source}: every embedding of {path} is zero")
+    _, texts, E = groups[0]
+    tau = np.nanmedian(E).clip(ENERGY_EPS)
+    known = [(path, E[~np.isnan(E)]) for path, _, E in groups]
+
+    for (name, values), (_, all_texts, _) in zip(known, groups):
+        left_out = len(all_texts) - len(values)
+        print(f"{name}: {len(values):,} documents" + (f", and {left_out:,} whose embedding is zero" if left_out else ""))
+        for label, numbers in (("E", values), ("lambda", values / (values + tau))):
+            print(f"  {label:<8}" + "  ".join(f"p{p:02} {value:.4f}" for p, value in zip(PERCENTILES, np.percentile(numbers, PERCENTILES))))
+    print(f"tau = {tau:.4g}, the median E of {args.texts}")
+    order = np.argsort(E, kind="stable")[: len(known[0][1])]
+    for title, chosen in (("most typical, lowest E", order[:SHOWN]), ("least typical, highest E", order[::-1][:SHOWN])):
+        print(f"{title}:")
+        for number in chosen:
+            print(f"  {E[number]:8.4f}  {number:>6}  {' '.join(texts[number].split())[:90]}")
+    if args.against:
+        print(f"AUC {auc(*(E for _, E in known)):.3f}: the share of pairs in which the document of {args.texts} has the lower energy")
+    with replacing(out) as temporary:
+        lambdas = E / (E + tau)
+        temporary.write_text(
+            "".join(
+                json.dumps(
+                    {
+                        "document": number,
+                        "energy": None if np.isnan(E[number]) else E[number],
+                        "lambda": None if np.isnan(E[number]) else lambdas[number],
+                    }
+                )
+                + "\n"
+                for number in range(len(E))
+            )
+        )
+    plot.draw([partial(draw_histogram, groups=known)], out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,196 @@
+"""The table of the runs in files of results: a row for each set of settings, mean and spread over its seeds.
+
+    python studies/study.py results/tau_modes.jsonl
+    python studies/study.py results/study.jsonl --rows --figure=results/study.png
+    python studies/study.py results/study.jsonl --rows --against="tau, published"
+
+--rows is for runs in folders .../CORPUS/ROW/SEED, as runs/study.sh has them: a row for each ROW, columns for each CORPUS.
+--against tells how much each is better than one of them, seed by seed."""
+
+import math
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import NUMBER, Parser, UserError, check_place, read_lines, replacing, run
+from training.config import NO_RESULT, Settings
+
+
+def read_results(paths, **more):
+    """The lines of the finished runs; of a run with several lines, the last. more: fields that they must have too."""
+    lines = {}
+    for path in paths:
+        for _, record in read_lines(path, run=str, config=str, best_loss=NUMBER, seconds=NUMBER, settings=dict, **more):
+            lines[record["run"]] = record
+    return list(lines.values())
+
+
+def table(records):
+    """Markdown. A row is named by the settings in which the rows differ."""
+    value = lambda settings, name: str(settings.get(name, getattr(Settings, name, "")))
+    groups = {}
+    for record in records:
+        groups.setdefault(record["config"], []).append(record)
+    shown = [{name: given for name, given in group[0]["settings"].items() if name not in NO_RESULT} for group in groups.values()]
+    for settings in shown:
+        if settings.get("laplacian") == f"{settings.get('data_dir', Settings.data_dir)}/laplacian.parquet":
+            del settings["laplacian"]  # the default
+    names = [
+        name
+        for name in dict.fromkeys(name for settings in shown for name in settings)
+        if len({value(settings, name) for settings in shown}) > 1
+    ]
+    rows = [
+        "| " + " | ".join([*names, "seeds", "best validation loss", "spread", "seconds a run"]) + " |",
+        "| " + "--- | " * (len(names) + 4),
+    ]
+    for settings, group in sorted(zip(shown, groups.values()), key=lambda row: [value(row[0], name) for name in names]):
+        losses = [record["best_loss"] for record in group]
+        rows.append(
+            "| "
+            + " | ".join(
+                [
+                    *(value(settings, name) for name in names),
+                    str(len(losses)),
+                    f"{statistics.mean(losses):.4f}",
+                    f"{max(losses) - min(losses):.4f}",
+                    f"{statistics.median(record['seconds'] for record in group):.0f}",
+                ]
+            )
+            + " |"
+        )
+    return "\n".join(rows)
+
+
+def by_row(records):
+    """{ROW: {CORPUS: {SEED: its record}}} of runs in folders .../CORPUS/ROW/SEED; the rows from the best to the worst on the first
+    corpus, and each with every corpus."""
+    rows, texts, configs = {}, {}, {}
+    for record in records:
+        if len(parts := Path(record["run"]).parts) < 3:
+            raise UserError(f"--rows: the run {record['run']!r} is not in a folder CORPUS/ROW/SEED")
+        corpus, row = parts[-3:-1]
+        if (
+            texts.setdefault(corpus, record["data"]) != record["data"]
+            or configs.setdefault((corpus, row), record["config"]) != record["config"]
+        ):
+            raise UserError(
+                f"--rows: {record['run']} was trained on another text or with other settings than other runs of {corpus}/{row}: "
+                "take one of them out of these files"
+            )
+        other = rows.setdefault(row, {}).setdefault(corpus, {}).setdefault(record["seed"], record)
+        if other is not record:
+            raise UserError(
+                f"--rows: {record['run']} and {other['run']} are the same row with the same seed: take one of them out of these files"
+            )
+    first = next(iter(texts))
+    rows = {name: {corpus: row.get(corpus, {}) for corpus in texts} for name, row in rows.items()}
+    return dict(sorted(rows.items(), key=lambda item: mean_loss(item[1][first])))
+
+
+def losses_of(runs):
+    """The best validation losses of {SEED: record}."""
+    return [record["best_loss"] for record in runs.values()]
+
+
+def mean_loss(runs):
+    return statistics.mean(losses_of(runs) or [math.inf])
+
+
+def corpora_of(rows):
+    return list(next(iter(rows.values())))
+
+
+def row_table(rows):
+    """Markdown: mean of the seeds' best validation losses, nats a token, and in brackets the greatest less the least."""
+    corpora = corpora_of(rows)
+    lines = [
+        "| | " + " | ".join(f"{corpus} | bits a byte | parameters" for corpus in corpora) + " | seeds |",
+        "| " + "--- | " * (3 * len(corpora) + 2),
+    ]
+    for name, row in rows.items():
+        cells = []
+        for corpus in corpora:
+            losses, runs = losses_of(row[corpus]), list(row[corpus].values())
+            cells += (
+                [
+                    f"{mean_loss(row[corpus]):.4f} ({max(losses) - min(losses):.4f})",
+                    f"{statistics.mean(record['bits_per_byte'] for record in runs):.4f}",
+                    f"{runs[0]['parameters']:,}",
+                ]
+                if runs
+                else ["-"] * 3
+            )
+        lines.append(f"| {name} | " + " | ".join(cells) + " | " + ", ".join(str(len(runs)) for runs in row.values()) + " |")
+    return "\n".join(lines)
+
+
+def gain_table(rows, against):
+    """Markdown: the validation loss of the row `against` less that of each row, with the same seed: mean, least and greatest."""
+    if against not in rows:
+        raise UserError(f"--against={against}: no such row; there are: {'; '.join(rows)}")
+    corpora = corpora_of(rows)
+    lines = [
+        f"| better than {against} by | " + " | ".join(f"{corpus} | seeds" for corpus in corpora) + " |",
+        "| " + "--- | " * (2 * len(corpora) + 1),
+    ]
+    for name, row in rows.items():
+        cells = []
+        for corpus in corpora:
+            base = rows[against][corpus]
+            gains = [base[seed]["best_loss"] - record["best_loss"] for seed, record in row[corpus].items() if seed in base]
+            cells += [f"{statistics.mean(gains):z.3f} ({min(gains):z.3f} to {max(gains):z.3f})" if gains else "-", str(len(gains))]
+        if name != against:
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw_rows(rows, path):
+    """A panel for each corpus: every seed's loss a point, the mean a bar."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    corpora = corpora_of(rows)
+    figure, axes = plt.subplots(
+        1, len(corpora), figsize=(3 + 3.5 * len(corpora), 1.5 + 0.25 * len(rows)), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, corpus in zip(axes[0], corpora):
+        for height, (name, row) in enumerate(rows.items()):
+            losses = losses_of(row[corpus])
+            color = "C0" if name.startswith("dot") else "C1"
+            axis.plot(losses, [height] * len(losses), "o", color=color, markersize=4, alpha=0.6)
+            if losses:
+                axis.plot(mean_loss(row[corpus]), height, "|", color=color, markersize=14)
+        axis.set(title=corpus, xlabel="validation loss, nats a token", yticks=range(len(rows)), yticklabels=rows)
+        axis.grid(axis="y", alpha=0.3)
+    axes[0, 0].invert_yaxis()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def main():
+    options = Parser(__doc__)
+    options.add_argument("results", nargs="+", type=Path, metavar="RESULTS.jsonl")
+    options.add_argument("--rows", action="store_true", help="name rows and columns by the runs' folders")
+    options.add_argument("--against", metavar="ROW", help="with --rows: how much better than this one, in nats")
+    options.add_argument("--figure", type=Path, metavar="FILE.png", help="draw such rows")
+    options.add_argument("--overwrite", action="store_true", help="replace a figure that is there already")
+    args = options.parse_args()
+    if not args.rows and (args.against or args.figure):
+        raise UserError("--against and --figure are for --rows")
+    if args.figure:
+        check_place(args.figure, ".png", args.overwrite, "--figure")
+    records = read_results(args.results, **(dict(bits_per_byte=NUMBER, parameters=int, seed=int, data=str) if args.rows else {}))
+    if not records:
+        raise UserError("no finished run in these files")
+    rows = by_row(records) if args.rows else None
+    print(table(records) if rows is None else gain_table(rows, args.against) if args.against else row_table(rows))
+    if args.figure:
+        draw_rows(rows, args.figure)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,120 @@
+"""The caches of decoding against the forward pass without one."""
+
+import pytest
+import torch
+from test_model import ALL, random_laplacian
+
+from common import UserError
+from decoding.cache import BLOCK, SEGMENT, ExactCache, StreamCache, segments
+from model import ModelConfig, Tauformer
+from ops.attention import tau_attention
+
+FORMS = [dict(), dict(temperature=0.01), dict(temperature=0.05) | ALL, dict(temperature=0.1, forget="slope", key_bias=True)]
+
+
+def model_and_tokens(T, **form):
+    torch.manual_seed(0)
+    model = Tauformer(ModelConfig(block_size=T, vocab_size=50, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, **form), random_laplacian(32))
+    for weight in model.parameters():
+        weight.data *= 3
+    return model, torch.randint(50, (2, T))
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("first", [1, 2 * SEGMENT, 333])
+def test_exact_is_the_forward_pass_at_every_position(form, first):
+    """Prefilled at once, then three tokens together, then one by one, over four segments' ends."""
+    T = 4 * SEGMENT + 5
+    model, idx = model_and_tokens(T, **form)
+    cache = ExactCache(model.config)
+    with torch.no_grad():
+        ends = [0, first, first + 3, *range(first + 4, T + 1)]
+        pieces = [model(idx[:, start:stop], cache=cache) for start, stop in zip(ends, ends[1:])]
+        torch.testing.assert_close(torch.cat(pieces, 1), model(idx), atol=1e-4, rtol=0)
+
+
+def test_exact_cache_is_smaller_than_keys_and_values():
+    model = Tauformer(ModelConfig(block_size=1024, vocab_size=50, n_layer=1, n_head=6, n_embd=384), random_laplacian(384))
+    with torch.no_grad():
+        model(torch.randint(50, (1, 1000)), cache=(cache := ExactCache(model.config)))
+    assert cache.nbytes() < 0.6 * 2 * 4 * 384 * 1024
+
+
+def test_segments():
+    assert segments(0) == [] and segments(SEGMENT) == [(0, SEGMENT)]
+    assert segments(13 * SEGMENT) == [(start * SEGMENT, stop * SEGMENT) for start, stop in ((0, 8), (8, 12), (12, 13))]
+    assert SEGMENT % BLOCK == 0
+
+
+def stream_config(**more):
+    return ModelConfig(block_size=64, vocab_size=50, n_layer=1, n_head=2, n_kv_head=1, n_embd=16, **more)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.03, 0.001])
+@pytest.mark.parametrize("terms", [False, True])
+def test_streams_error_is_within_its_bound(temperature, terms):
+    """|out - exact| <= h share max|v - out|, share the weight of the query's own bin, in float64 by hand."""
+    torch.manual_seed(0)
+    T, D = 300, 8
+    lambda_q, lambda_k, v = torch.rand(1, 2, T), torch.rand(1, 1, T), torch.randn(1, 1, T, D)
+    temperatures = torch.tensor([temperature, temperature * 1.5], dtype=torch.float64)
+    log_decay, bias = (-0.1 * torch.rand(1, 2, T), torch.randn(1, 1, T)) if terms else (None, None)
+    cache = StreamCache(stream_config())
+    attend = cache.attend(0, tau_attention)
+    parts = [
+        attend(
+            lambda_q[:, :, s:e],
+            lambda_k[:, :, s:e],
+            v[:, :, s:e],
+            temperatures,
+            *(x[:, :, s:e] if terms else None for x in (log_decay, bias)),
+        )
+        for s, e in ((0, 200), (200, 201), (201, T))
+    ]
+    double = [x.double() for x in (lambda_q, lambda_k, v)]
+    more = [x.double() if terms else None for x in (log_decay, bias)]
+    exact = tau_attention(*double, temperatures, *more, impl="naive")
+    error = (torch.cat(parts, 2) - exact).norm(dim=-1)
+    counts = cache.kept[0, "first"].diff()
+    h = 1 / (counts * temperatures)
+    own = (lambda_q.double() * counts[:, None]).floor()[..., None] == (lambda_k.double() * counts[:, None]).floor()[..., None, :]
+    share = tau_attention(*double[:2], torch.eye(T, dtype=torch.float64).expand(1, 1, T, T), temperatures, *more, impl="naive")
+    share = (share * own).sum(-1)
+    most = (v.double()[:, :, None] - exact[:, :, :, None]).norm(dim=-1).amax(-1)
+    assert (error <= 1.1 * h[:, None] * share * most + 2e-5).all()
+    assert error.max() > 1e-6 and share.max() < 1.01
+
+
+def test_streams_state_does_not_grow_and_keeps_its_cap(monkeypatch):
+    model = Tauformer(ModelConfig(block_size=64, vocab_size=50, n_layer=2, n_head=4, n_embd=32, temperature=0.002), random_laplacian(32))
+    monkeypatch.setattr(StreamCache, "STATE_BYTES", 200_000)
+    with torch.no_grad():
+        model(torch.randint(50, (1, 64)), cache=(cache := StreamCache(model.config)))
+        before = cache.nbytes()
+        for _ in range(3):
+            model(torch.randint(50, (1, 200)), cache=cache)
+    assert cache.length == 664 and cache.nbytes() == before < 230_000
+    assert cache.width > 1 / StreamCache.BINS * 1.5
+
+
+def test_bins_go_to_the_heads_that_want_few_first():
+    cache = StreamCache(stream_config())
+    cache.STATE_BYTES = 8 * 9 * 100  # 100 bins
+    assert cache.bins(torch.tensor([1.0, 0.01], dtype=torch.float64), 8).tolist() == [0, 16, 100]
+    assert cache.bins(torch.tensor([1.0, 2.0], dtype=torch.float64), 8).tolist() == [0, 16, 24]
+    assert cache.bins(torch.tensor([0.01, 0.001], dtype=torch.float64), 8).tolist() == [0, 50, 100]
+
+
+def test_a_stream_of_another_model_is_refused(tmp_path):
+    model, idx = model_and_tokens(20)
+    cache = StreamCache(model.config)
+    with torch.no_grad():
+        model(idx, cache=cache)
+    cache.save(tmp_path / "s", "hash")
+    again = StreamCache.load(tmp_path / "s", model.config, "hash")
+    assert again.length == 20 and all(torch.equal(again.kept[key], x) for key, x in cache.kept.items())
+    with pytest.raises(UserError, match="another model"):
+        StreamCache.load(tmp_path / "s", model.config, "of other weights")
+    (tmp_path / "s").write_bytes((tmp_path / "s").read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match="damaged"):
+        StreamCache.load(tmp_path / "s", model.config, "hash")

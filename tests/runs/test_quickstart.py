@@ -1,0 +1,87 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+from conftest import ROOT, metrics
+
+
+def test_quickstart_and_study_in_a_fresh_copy_then_again(tmp_path):
+    """The whole scripts, the trainings cut to 20 and 4 steps, with the packages that are installed here."""
+    copy = tmp_path / "copy"
+    shutil.copytree(
+        ROOT,
+        copy,
+        ignore=shutil.ignore_patterns(
+            ".venv",
+            ".git",
+            "out",
+            "*.bin",
+            "*.npy",
+            "*.parquet",
+            "*.jsonl",
+            "meta.json",
+            "tokenizer.json",
+            "laplacian.json",
+            "*.npz",
+            "__pycache__",
+        ),
+    )
+    (copy / ".venv").symlink_to(sys.prefix)
+
+    def quickstart():
+        done = subprocess.run(
+            ["bash", "runs/quickstart.sh", "--max_steps=20", "--eval_interval=10"], cwd=copy, capture_output=True, text=True, env=os.environ
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    out = quickstart()
+    for command in ("data/python_docs/prepare.py", "data/embed.py", "build_laplacian.py", "train.py", "plot.py", "sample.py"):
+        assert f"$ python {command} " in out
+    assert "out/quickstart/figure.png" in out.splitlines()[-1] and (copy / "out/quickstart/figure.png").stat().st_size > 10_000
+    losses = [record["loss"] for record in metrics(copy / "out/quickstart") if record["split"] == "val"]
+    assert losses[-1] < losses[0] - 0.5
+
+    again = quickstart()
+    assert "prepare.py" not in again and "nothing to do" in again
+
+    def study(*rows, **settings):
+        return subprocess.run(
+            ["bash", "runs/study.sh", "README.md", *rows],
+            cwd=copy,
+            capture_output=True,
+            text=True,
+            env=os.environ | dict(CORPORA="python_docs", SEEDS="1", WORKERS="1") | settings,
+        )
+
+    config = copy / "configs/study.toml"
+    config.write_text(config.read_text().replace("max_steps = 600", "max_steps = 4").replace("eval_iters = ", "eval_iters = 1 #"))
+    results = copy / "results/my_study.jsonl"
+    assert "no row" in study("tau + luck").stderr and not results.exists()
+    shutil.copy(copy / "README.md", copy / "python_docs.jsonl")
+    taken = subprocess.run(["bash", "runs/domain.sh", "python_docs.jsonl"], cwd=copy, capture_output=True, text=True)
+    assert taken.returncode == 2 and "rename the file" in taken.stderr and len(taken.stderr.splitlines()) == 1
+    mine = copy / "mine.jsonl"
+    mine.write_text("".join(f'{{"text": "record {i} of a text of mine"}}\n' for i in range(200)))
+    subprocess.run([sys.executable, "data/jsonl/prepare.py", mine, "--out_dir=data/mine", "--tokenizer=char"], cwd=copy, check=True)
+    taken = subprocess.run(["bash", "runs/context.sh", "mine.jsonl"], cwd=copy, capture_output=True, text=True)
+    assert taken.returncode == 2 and "context.sh: error: data/mine is not " in taken.stderr
+    assert len(taken.stderr.splitlines()) == 1
+    done = study("dot", "tau + gate")
+    assert done.returncode == 0, done.stderr
+    whole = results.read_text()
+    runs = [json.loads(line) for line in whole.splitlines()]
+    assert [(run["run"], run["steps"]) for run in runs] == [(f"out/my_study/python_docs/{row}/1", 4) for row in ("dot", "tau + gate")]
+    assert done.stdout.count("best validation loss") == 2 and f"| tau + gate | {runs[1]['best_loss']:.4f} (0.0000) |" in done.stdout
+    results.write_text(whole[:-9])  # the writer was killed
+    shutil.rmtree(copy / "out/my_study/python_docs/tau + gate")
+    assert study("dot", "tau + gate").stdout.count("best validation loss") == 1
+    again = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [(run["run"], run["best_loss"]) for run in again] == [(run["run"], run["best_loss"]) for run in runs]
+    taken = study("dot", SEEDS="1 x")
+    assert taken.returncode == 2 and taken.stderr == 'runs/study.sh: SEEDS="1 x" must be whole numbers\n'
+    config.write_text(config.read_text().replace("max_steps = 4", "max_steps = -4"))
+    failed = study("dot", SEEDS="2")
+    assert failed.returncode == 1 and "out/my_study/python_docs/dot/2: failed" in failed.stderr and "max_steps" in failed.stdout

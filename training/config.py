@@ -1,0 +1,188 @@
+"""The settings of train.py: a line each with its meaning, read from a TOML file and overridden by --key=value."""
+
+import hashlib
+import json
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from common import FRACTION, NOT_NEGATIVE, POSITIVE, Parser, UserError, check_rule, one_of, setting
+from model import ModelSettings
+
+
+@dataclass
+class Settings(ModelSettings):
+    """All settings of train.py: the model's, and these."""
+
+    # what is read and written
+    data_dir: str = setting("data/python_docs", "prepared corpus: the folder of its train.bin, val.bin, meta.json")
+    laplacian: str = setting("", "Laplacian file (default: laplacian.parquet in data_dir); dot attention uses none")
+    out_dir: str = setting("", "folder for checkpoints and metrics.jsonl (default: out/NAME of the config)")
+    init_from: str = setting(
+        "scratch",
+        "scratch; resume: go on with the run in out_dir; auto: resume where it has a "
+        "checkpoint, else scratch; or another run's folder, whose weights, model and "
+        "Laplacian to start from",
+    )
+    overwrite: bool = setting(False, "replace the run that out_dir holds")
+    results: str = setting("out/runs.jsonl", "file to which a finished run adds a line")
+    embedding_init: str = setting(
+        "normal",
+        "of the token embeddings of a run from scratch. normal: N(0, 0.02); domain: the "
+        "domain's own token vectors, DATA_DIR/token_embeddings.npy, scaled to that variance",
+        one_of("normal", "domain"),
+    )
+    tau_scope: str = setting("global", "global: block 0's number for every layer and head; head: one each", one_of("global", "head"))
+    tau_percentile: float = setting(75.0, "of tau_mode percentile", (lambda value: 0 <= value <= 100, "0 to 100"))
+    tau_interval: int = setting(100, "steps between the moves of tau_mode adaptive", POSITIVE)
+    tau_smoothing: float = setting(0.5, "share of log tau that such a move keeps", FRACTION)
+    tau_drift: float = setting(0.1, "|log(median energy / tau)| past which tau_mode gradient moves", NOT_NEGATIVE)
+    # a step
+    train_fraction: float = setting(
+        1.0, "part of train.bin, from its start, that is trained on", (lambda value: 0 < value <= 1, "above 0 and at most 1")
+    )
+    sampling: str = setting(
+        "random",
+        "random: windows of the context's length begin anywhere, drawn anew for each batch; passes: they "
+        "stand side by side, and none is seen twice before all have been, each pass in another order",
+        one_of("random", "passes"),
+    )
+    max_steps: int = setting(5000, "optimiser steps of the whole run", NOT_NEGATIVE)
+    batch_size: int = setting(16, "sequences in memory at once, on each device", POSITIVE)
+    grad_accum_steps: int = setting(8, "such batches a step, all devices together", POSITIVE)
+    learning_rate: float = setting(5e-4, "after the warm-up", POSITIVE)
+    warmup_steps: int = setting(100, "steps of linear warm-up", NOT_NEGATIVE)
+    lr_schedule: str = setting(
+        "constant",
+        "constant; cosine: down to min_lr at lr_decay_steps; plateau: halved, five times at most, when validation no longer improves",
+        one_of("constant", "cosine", "plateau"),
+    )
+    min_lr: float = setting(5e-5, "end of the cosine", NOT_NEGATIVE)
+    lr_decay_steps: int = setting(5000, "step of the cosine's end", POSITIVE)
+    plateau_patience: int = setting(3, "validations without a new best before the plateau rule halves", POSITIVE)
+    weight_decay: float = setting(0.1, "AdamW, on matrices only", NOT_NEGATIVE)
+    beta1: float = setting(0.9, "AdamW", FRACTION)
+    beta2: float = setting(0.95, "AdamW", FRACTION)
+    grad_clip: float = setting(1.0, "greatest norm of the gradient (0: no limit)", NOT_NEGATIVE)
+    spike: float = setting(
+        0.0, "nats above the running mean of the losses, of 50 steps, from which a step is bad (0: none is)", NOT_NEGATIVE
+    )
+    skip_limit: int = setting(
+        0,
+        "bad steps in a row, loss or gradient not finite or a spike, whose update is left out; at the next one the run stops",
+        NOT_NEGATIVE,
+    )
+    ema_decay: float = setting(0.0, "of a running mean of the weights, which is what is validated and what best holds (0: none)", FRACTION)
+    # what is logged, and when
+    eval_interval: int = setting(100, "steps between validations", POSITIVE)
+    eval_iters: int = setting(20, "batches of a validation, spread evenly over val.bin, the same each time", POSITIVE)
+    eval_only: bool = setting(False, "validate the model of init_from, print it, write nothing")
+    log_interval: int = setting(10, "steps between lines of the training loss", POSITIVE)
+    diag_interval: int = setting(100, "steps between lines of diagnostics.jsonl, tau only (0: none)", NOT_NEGATIVE)
+    checkpoint_interval: int = setting(500, "steps between checkpoints to resume from", POSITIVE)
+    keep_last: int = setting(2, "such checkpoints kept", POSITIVE)
+    wandb_log: bool = setting(False, "send the metrics to Weights & Biases too")
+    wandb_project: str = setting("tauformer", "its project")
+    wandb_run_name: str = setting("", "its name for this run (default: the name of out_dir)")
+    # machine
+    seed: int = setting(1337, "of weights, batches and dropout", NOT_NEGATIVE)
+    device: str = setting("auto", "auto: cuda, else mps, else cpu; or one of them by name, such as cuda:1")
+    dtype: str = setting(
+        "auto", "auto: bfloat16 (autocast) where a CUDA device has it, else float32", one_of("auto", "float32", "bfloat16")
+    )
+    deterministic: bool = setting(False, "on CUDA, only operations that give the same bits every time (others raise); a CPU's do")
+    compile: bool = setting(False, "torch.compile the model")
+    shard: str = setting(
+        "ddp", "of several processes, ddp: each holds the model whole; fsdp: a part of every weight", one_of("ddp", "fsdp")
+    )
+    dry_run: bool = setting(False, "print parameters, memory, tokens and the time to expect, measured on 3 steps; write nothing")
+    profile: bool = setting(False, "profile the third to fifth step into out_dir/profile.json (chrome://tracing)")
+
+
+NO_RESULT = (
+    "out_dir",
+    "init_from",
+    "overwrite",
+    "results",
+    "seed",
+    "log_interval",
+    "diag_interval",
+    "checkpoint_interval",
+    "keep_last",
+    "wandb_log",
+    "wandb_project",
+    "wandb_run_name",
+    "dry_run",
+    "profile",
+)  # what does not change a run
+
+
+def config_hash(settings):
+    """The same for runs that differ in their seed, their place and their logs alone."""
+    kept = {name: value for name, value in changed_settings(settings).items() if name not in NO_RESULT}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def changed_settings(settings):
+    """Those that are not at their defaults."""
+    return {f.name: getattr(settings, f.name) for f in fields(settings) if getattr(settings, f.name) != f.default}
+
+
+def checked(name, value, kind, source):
+    """The value of a setting, an int taken as a float where one is due. Raises UserError for a wrong type or value."""
+    if kind is float and type(value) is int and abs(value) < 2**53:
+        value = float(value)
+    if type(value) is not kind:
+        raise UserError(f"{source}: {name} = {value!r} must be {kind.__name__}, not {type(value).__name__}")
+    check_rule(Settings.__dataclass_fields__[name], value, source)
+    return value
+
+
+def from_text(text, name, kind):
+    """The value that --name=text means."""
+    try:
+        if kind is bool:
+            return {"True": True, "False": False}[text]
+        return kind(text)
+    except (KeyError, ValueError):
+        raise UserError(f"--{name}={text} must be {'True or False' if kind is bool else kind.__name__}") from None
+
+
+def read_settings(path):
+    """{name: value} of a file of settings. Raises UserError for a broken file, an unknown key or a wrong type or value."""
+    kinds = {f.name: f.type for f in fields(Settings)}
+    try:
+        values = tomllib.loads(path.read_text())
+    except (ValueError, RecursionError) as error:  # broken TOML or UTF-8, numbers of thousands of digits
+        raise UserError(f"{path} is not a TOML file: {error}") from None
+    for name in values:
+        if name not in kinds:
+            raise UserError(f"{path}: unknown setting {name!r} (train.py --help lists them)")
+    return {name: checked(name, value, kinds[name], path) for name, value in values.items()}
+
+
+def parse(description):
+    """(settings, given) of the command line: the Settings, and the names of those set in the file or by --key=value.
+    Raises UserError for an unknown key, a wrong type or a value that makes no sense."""
+    kinds = {f.name: f.type for f in fields(Settings)}
+    parser = Parser(description)
+    parser.add_argument("config", type=Path, metavar="CONFIG.toml", help="file of settings; --key=value goes before it")
+    for f in fields(Settings):
+        default = "" if f.default == "" else f" [{f.default}]"
+        parser.add_argument(f"--{f.name}", metavar=f.type.__name__.upper(), help=f.metadata["meaning"] + default)
+    args = vars(parser.parse_args())
+    path = args.pop("config")
+    given = read_settings(path)
+    given |= {
+        name: checked(name, from_text(text, name, kinds[name]), kinds[name], "command line")
+        for name, text in args.items()
+        if text is not None
+    }
+    settings = Settings(**given)
+    settings.out_dir = settings.out_dir or f"out/{path.stem}"
+    settings.laplacian = settings.laplacian or f"{settings.data_dir}/laplacian.parquet"
+    if settings.lr_schedule == "cosine" and settings.min_lr > settings.learning_rate:
+        raise UserError(f"min_lr = {settings.min_lr} is above learning_rate = {settings.learning_rate}")
+    if settings.lr_schedule == "cosine" and settings.lr_decay_steps <= settings.warmup_steps:
+        raise UserError(f"lr_decay_steps = {settings.lr_decay_steps} must be past warmup_steps = {settings.warmup_steps}")
+    return settings, set(given)

@@ -1,0 +1,110 @@
+"""The windows of text that a run sees, and its loss on those held out."""
+
+import functools
+import math
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from common import RANK, WORLD
+from training import taumode
+from training.processes import summed
+
+
+def training_batch(corpus, settings, T, step, micro):
+    """int64 (batch_size, T + 1), a function of (seed, step, micro) alone: the same for any number of processes, and
+    after any resume."""
+    if settings.sampling == "passes":
+        windows = (len(corpus.train) - 1) // T
+        first = (step * settings.grad_accum_steps + micro) * settings.batch_size
+        starts = [
+            T * window_order(settings.seed, number // windows, windows)[number % windows]
+            for number in range(first, first + settings.batch_size)
+        ]
+    else:
+        starts = np.random.default_rng([settings.seed, step, micro]).integers(0, len(corpus.train) - T, settings.batch_size)
+    return corpus.batch(starts, T, "train")
+
+
+@functools.lru_cache(maxsize=2)
+def window_order(seed, number, windows):
+    """The order of the windows in the pass of this number, (windows,)."""
+    return np.random.default_rng([seed, number]).permutation(windows)
+
+
+def validation_starts(corpus, settings, T):
+    """The windows of every validation: eval_iters * batch_size of them, or as many as val.bin has."""
+    count = min(settings.eval_iters * settings.batch_size, (len(corpus.val) - 1) // T)
+    return np.linspace(0, len(corpus.val) - 1 - T, count).astype(int)
+
+
+def to_device(batch, device):
+    """(idx, targets), each (B, T), of a batch (B, T + 1)."""
+    batch = torch.from_numpy(batch)
+    if device.type == "cuda":
+        batch = batch.pin_memory().to(device, non_blocking=True)
+    else:
+        batch = batch.to(device)
+    return batch[:, :-1], batch[:, 1:]
+
+
+def batch_of(run, step, micro):
+    """(idx, targets), each (B, T), of a step's batch."""
+    return to_device(training_batch(run.corpus, run.settings, run.T, step, micro), run.device)
+
+
+def step_batches(run):
+    """The idx (B, T) of this process's batches of the step to come."""
+    return (batch_of(run, run.state.step, micro)[0] for micro in run.micro_batches)
+
+
+@contextmanager
+def averaged(run):
+    """Inside it, the weights are their running mean, where there is one."""
+
+    def swap():
+        for weight, mean in zip(run.raw_model.parameters(), run.ema or ()):
+            held = weight.detach().clone()
+            weight.data.copy_(mean)
+            mean.copy_(held)
+
+    swap()
+    yield
+    swap()
+
+
+@torch.no_grad()
+def validate(run):
+    """(mean loss over the validation windows, nats a token; block 0's key energies on the first of them)."""
+    total, E, B = 0.0, None, run.settings.batch_size
+    for at in range(0, len(run.windows), WORLD * B):
+        starts = run.windows[at + RANK * B :][:B]
+        idx, targets = to_device(run.corpus.batch(starts if len(starts) else run.windows[:1], run.T, "val"), run.device)
+        with run.autocast(), run.raw_model.recording() as seen:
+            total += run.raw_model(idx, targets).item() * len(starts)
+        E = seen[0].E_k if seen and E is None else E
+    return summed([total], run.device)[0] / len(run.windows), E
+
+
+def validation_record(run):
+    """A line of metrics.jsonl."""
+    with averaged(run):
+        loss, E = validate(run)
+    record = {
+        "step": run.state.step,
+        "tokens": run.state.tokens,
+        "split": "val",
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700)),
+        "bits_per_byte": run.corpus.bits_per_byte(loss),
+    }
+    if E is not None:
+        percentiles = np.percentile(E.cpu().numpy(), (5, 50, 95))
+        record |= {"tau": taumode.tau_of(run.raw_model)[0].median().item()}
+        record |= dict(zip(("E_p05", "E_p50", "E_p95"), percentiles.tolist()))
+    return record
+
+
+def shown(record):
+    return f"validation loss {record['loss']:.4f}, perplexity {record['perplexity']:.1f}, bits per byte {record['bits_per_byte']:.3f}"

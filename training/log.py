@@ -1,0 +1,213 @@
+"""What a run tells: metrics.jsonl, diagnostics.jsonl, the progress bar, Weights & Biases, and its line among the results. Only
+the first process writes."""
+
+import fcntl
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from common import RANK, WORLD, UserError, append_line, commit, output_folder, replacing
+from training import checkpoint, taumode
+from training.config import changed_settings, config_hash
+from training.diagnostics import collapses, diagnose
+from training.evaluation import to_device
+from training.memory import peak_mem_mb
+from training.start import files_of
+
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "4090": 165e12,
+    "3090": 71e12,
+}  # dense bfloat16, by a part of the device's name
+DIAGNOSED = 4  # validation windows that diagnostics are made of
+
+
+class Log:
+    def __init__(self, run):
+        """Take the output folder: from here on it is this process's, and holds this run alone."""
+        self.run, self.master, self.wandb = run, RANK == 0, None
+        if self.master:
+            take_folder(run)
+            self.wandb = wandb_run(run) if run.settings.wandb_log else None
+            clear_folder(run)
+            print(first_line(run))
+        self.progress = tqdm(
+            total=run.settings.max_steps, initial=run.state.step, unit=" steps", disable=None if self.master else True, dynamic_ncols=True
+        )
+        self.begin = time.perf_counter() - run.state.elapsed_s
+        self.trained_s, self.trained_tokens = 0.0, 0  # since the last line of training
+
+    @property
+    def elapsed_s(self):
+        return time.perf_counter() - self.begin
+
+    def say(self, text):
+        if self.master:
+            self.progress.write(f"step {self.run.state.step:>5}: {text}")
+
+    def record(self, record):
+        """Add a line to metrics.jsonl."""
+        if not self.master:
+            return
+        record = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()}
+        record |= {"elapsed_s": self.elapsed_s, "peak_mem_mb": peak_mem_mb(self.run.device)}
+        self.write(0, record)
+        if self.wandb is not None:
+            split = record["split"]
+            self.wandb.log({f"{split}/{key}": value for key, value in record.items() if key != "split"}, step=record["step"])
+
+    def write(self, number, record):
+        with open(self.run.logs[number], "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def step(self, loss, grad_norm, seconds):
+        """After a training step of so many seconds."""
+        run, state = self.run, self.run.state
+        self.trained_s += seconds
+        self.trained_tokens += run.tokens_per_step
+        if state.step == 1 or state.step % run.settings.log_interval == 0:
+            speed = self.trained_tokens / self.trained_s
+            self.record(
+                {
+                    "step": state.step,
+                    "tokens": state.tokens,
+                    "split": "train",
+                    "loss": loss,
+                    "lr": run.optimizer.param_groups[0]["lr"],
+                    "grad_norm": grad_norm,
+                    "skipped": state.skipped,
+                    "tokens_per_s": speed,
+                }
+            )
+            self.trained_s, self.trained_tokens = 0.0, 0
+            flops = speed * run.raw_model.flops_per_token()
+            peak = next(
+                (peak for part, peak in PEAK_FLOPS.items() if run.device.type == "cuda" and part in torch.cuda.get_device_name()), None
+            )
+            self.progress.set_postfix_str(
+                f"loss {loss:.3f}, {speed:,.0f} tokens/s, {flops / 1e9:,.0f} GFLOP/s"
+                + (f", MFU {flops / WORLD / peak:.1%}" if peak else ""),
+                refresh=False,
+            )
+        self.progress.update()
+
+    def diagnose(self):
+        """Add a line to diagnostics.jsonl, and name the heads that have collapsed."""
+        run, state = self.run, self.run.state
+        with run.autocast():
+            record = diagnose(run.raw_model, to_device(run.corpus.batch(run.windows[:DIAGNOSED], run.T, "val"), run.device)[0])
+        for line in collapses(record, state.narrow) if self.master else ():
+            self.say(line)
+        if self.master:
+            self.write(1, {"step": state.step, "tokens": state.tokens} | record)
+
+    def finished(self):
+        """Add the line of a finished run to the settings' results file."""
+        run, settings, state = self.run, self.run.settings, self.run.state
+        if self.master:
+            append_line(
+                settings.results,
+                {
+                    "run": settings.out_dir,
+                    "config": config_hash(settings),
+                    "seed": settings.seed,
+                    "commit": commit(),
+                    "data": run.corpus.meta["sha256"][:12],
+                    "parameters": run.raw_model.parameter_count(),
+                    "steps": state.step,
+                    "tokens": state.tokens,
+                    "seconds": round(self.elapsed_s, 1),
+                    "best_loss": state.best_loss,
+                    "bits_per_byte": run.corpus.bits_per_byte(state.best_loss),
+                    "settings": changed_settings(settings),
+                },
+            )
+
+    def close(self):
+        run, state = self.run, self.run.state
+        self.progress.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+        if self.master:
+            print(
+                f"{run.out_dir}: best validation loss {state.best_loss:.4f}"
+                if state.step == run.settings.max_steps
+                else f"{run.out_dir}: stopped and saved at step {state.step}: --init_from=resume goes on"
+            )
+
+
+def take_folder(run):
+    """Make and lock the output folder, until this process ends."""
+    with output_folder(run.out_dir):
+        Path(run.settings.results).parent.mkdir(parents=True, exist_ok=True)
+        open(run.settings.results, "a").close()  # a place that cannot be written to is found now
+    try:
+        fcntl.flock(os.open(run.out_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process trains in {run.out_dir}: wait for it, or give another --out_dir") from None
+
+
+def clear_folder(run):
+    """Leave of what the folder holds what the run goes on from: nothing, or all until its step."""
+    later = [path for path in checkpoint.steps(run.out_dir) if path > checkpoint.step_path(run.out_dir, run.state.step)]
+    for path in [*(later if run.resumed else files_of(run.out_dir)), *run.out_dir.glob(".*.tmp")]:  # of a run that was killed
+        path.unlink()
+    for path, text in zip(run.logs, run.past):
+        if text:
+            with replacing(path) as temporary:
+                temporary.write_text(text)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def first_line(run):
+    tau = taumode.tau_of(run.raw_model)
+    return (
+        f"{run.out_dir}: {run.raw_model.parameter_count() / 1e6:.2f} M parameters, {run.raw_model.config.attention} attention"
+        + (f" with tau = {tau[0].median().item():.4g} ({run.settings.tau_mode})" if tau is not None else "")
+        + f", {run.tokens_per_step:,} tokens a step, on {WORLD} x {run.device.type}, {str(run.dtype).removeprefix('torch.')}"
+    )
+
+
+def wandb_run(run):
+    import wandb
+
+    try:
+        log = wandb.init(
+            project=run.settings.wandb_project,
+            name=run.settings.wandb_run_name or run.out_dir.name,
+            config=asdict(run.settings),
+            dir=run.settings.out_dir,
+            id=run.state.wandb_id,
+            resume="allow",
+        )
+    except wandb.errors.Error as error:
+        raise UserError(f"wandb cannot start ({error}): log in, or set WANDB_MODE=offline") from None
+    run.state.wandb_id = log.id
+    return log
+
+
+def profiled(path):
+    """A started profiler of the third to fifth step, which writes its trace to `path`."""
+
+    def write(profiler):
+        with replacing(path) as temporary:
+            profiler.export_chrome_trace(str(temporary))
+        tqdm.write(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15), file=sys.stderr)
+
+    profiler = torch.profiler.profile(schedule=torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1), on_trace_ready=write)
+    profiler.start()
+    return profiler

@@ -1,0 +1,120 @@
+"""The processes of a run: one, or those that torchrun started; and the signals that they get. Every function that says so is a
+meeting: all call it."""
+
+import gc
+import math
+import os
+import signal
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from common import RANK, WORLD
+
+RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # how often torchrun --max-restarts has brought us back
+
+
+@dataclass
+class Signals:
+    """What signals have asked this process for."""
+
+    stop: bool = False
+    save: bool = False
+    since: float = math.inf  # when to stop was asked for first
+
+    def heed(self):
+        """From now on SIGTERM and SIGINT ask to stop, SIGUSR1 to save; the former, again a second later, end the process at once."""
+        signal.signal(signal.SIGTERM, self.asked_to_stop)
+        signal.signal(signal.SIGINT, self.asked_to_stop)
+        signal.signal(signal.SIGUSR1, self.asked_to_save)
+
+    def asked_to_stop(self, number, frame):
+        self.stop = True
+        now = time.monotonic()
+        if now > self.since + 1:  # the same one may come twice, by the terminal or the scheduler and by torchrun
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.since = min(self.since, now)
+
+    def asked_to_save(self, number, frame):
+        self.save = True
+
+
+def meet(device):
+    if WORLD > 1:
+        store = next(dist.rendezvous("env://"))[0]
+        store = dist.PrefixStore(f"{RESTARTS}", store)  # torchrun keeps the store, with the addresses of those that died
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=RANK, world_size=WORLD)
+
+
+def part():
+    if dist.is_initialized():
+        gc.collect()  # a DDP model in a cycle would keep the group, and gloo's threads abort if they outlive the interpreter
+        dist.destroy_process_group()
+
+
+def summed(values, device):
+    """The sums over all processes of a list of numbers. A meeting."""
+    if WORLD == 1:
+        return values
+    values = torch.tensor(values, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    dist.all_reduce(values)
+    return values.tolist()
+
+
+def gathered(x):
+    """x (..., N) of every process, one after the other along the last dimension. A meeting."""
+    if WORLD == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(WORLD)]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts, -1)
+
+
+def wrapped(model, device, shard, compile):
+    """The model on its device, as the training step calls it. shard "ddp": every process holds it whole; "fsdp": a part
+    of every weight, put together block by block when it is needed."""
+    if shard == "fsdp" and WORLD > 1:
+        from torch.distributed.fsdp import fully_shard  # here, because importing it takes a second
+
+        mesh = dist.init_device_mesh(device.type, (WORLD,))
+        for part in (*model.blocks, model):
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)  # so that nothing older than the weights stays
+    model.to(device)
+    called = torch.compile(model) if compile else model
+    if shard == "ddp" and WORLD > 1:
+        called = DistributedDataParallel(called, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+    return called
+
+
+@contextmanager
+def no_sync(model):
+    """Inside it, backward only adds to this process's own gradients."""
+    if isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            yield
+    elif hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+    else:
+        yield
+
+
+def whole(x):
+    """x, put together where it is sharded. A meeting."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def placed(x, like):
+    """x, a whole tensor, on the device of `like` and sharded as it. A meeting."""
+    x = x.to(like.device, like.dtype)
+    if not hasattr(like, "full_tensor"):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x, like.device_mesh, like.placements)

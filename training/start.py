@@ -1,0 +1,272 @@
+"""The run that a command line asks for: all that can be its user's mistake is found here, before anything is written."""
+
+import math
+import os
+import zipfile
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import LOCAL_RANK, RANK, WORLD, UserError, choose_device, read_lines
+from data.corpus import Corpus
+from data.laplacian import load_laplacian
+from model import INIT_STD, ModelConfig, Tauformer
+from training import checkpoint, optim, processes, taumode
+from training.checkpoint import RunState
+from training.config import Settings
+from training.evaluation import step_batches, validation_starts
+
+LOGS = "metrics.jsonl", "diagnostics.jsonl"
+
+
+@dataclass
+class Run:
+    """What is trained, on what, and how far it is."""
+
+    settings: Settings
+    given: set  # the settings that the command line or the config names
+    corpus: Corpus
+    device: torch.device
+    dtype: torch.dtype  # of the matrix products
+    raw_model: Tauformer  # holds the weights
+    model: torch.nn.Module  # raw_model as a training step calls it: compiled, shared out
+    laplacian: torch.Tensor | None
+    optimizer: torch.optim.Optimizer
+    ema: list | None  # running means of the weights, in the order of parameters()
+    windows: np.ndarray  # where those of a validation begin
+    state: RunState
+    resumed: bool
+    past: list  # the text of each of the logs up to the step that the run goes on from
+    ahead: dict = field(default_factory=dict)  # the batch of the next step, by (step, micro): on its way to the device
+
+    @property
+    def out_dir(self):
+        return Path(self.settings.out_dir)
+
+    @property
+    def logs(self):
+        return [self.out_dir / name for name in LOGS]
+
+    @property
+    def T(self):
+        return self.raw_model.config.block_size
+
+    @property
+    def tokens_per_step(self):
+        return self.settings.grad_accum_steps * self.settings.batch_size * self.T
+
+    @property
+    def micro_batches(self):
+        """The numbers of this process's batches of a step."""
+        return range(RANK, self.settings.grad_accum_steps, WORLD)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype) if self.dtype is torch.bfloat16 else nullcontext()
+
+
+def only_looks(settings):
+    """Whether nothing is trained and nothing written."""
+    return settings.eval_only or settings.dry_run
+
+
+def start(settings, given):
+    """The Run, with tau and weights as it begins or goes on. Raises UserError."""
+    device = choose_device(settings.device, LOCAL_RANK)
+    dtype = choose_dtype(settings.dtype, device)
+    if settings.grad_accum_steps % WORLD:
+        raise UserError(f"grad_accum_steps = {settings.grad_accum_steps} must be a multiple of {WORLD} processes")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.set_float32_matmul_precision("high")  # tf32 where the device has it
+
+    corpus = Corpus(settings.data_dir)
+    corpus.train = corpus.train[: math.ceil(len(corpus.train) * settings.train_fraction)]
+    choose_init_from(settings)
+    torch.manual_seed(settings.seed)
+    raw_model, laplacian, stored = started_model(settings, given, corpus)
+    settings.tau_mode = raw_model.config.tau_mode
+    refuse_to_replace(settings, stored is not None)
+    state = RunState.of(stored[2]) if stored else RunState()
+    past = [lines_until(Path(settings.out_dir) / name, state.step) if state.step and not only_looks(settings) else "" for name in LOGS]
+    if settings.eval_only and settings.init_from == "scratch":
+        raise UserError("eval_only needs a trained model: give --init_from=resume or --init_from=OUT_DIR")
+
+    processes.meet(device)
+    model = processes.wrapped(raw_model, device, settings.shard, settings.compile)
+    run = Run(
+        settings,
+        given,
+        corpus,
+        device,
+        dtype,
+        raw_model,
+        model,
+        laplacian,
+        optimizer=optim.optimizer_of(raw_model, settings),
+        ema=None,
+        windows=validation_starts(corpus, settings, raw_model.config.block_size),
+        state=state,
+        resumed=stored is not None,
+        past=past,
+    )
+    if raw_model.config.attention == "tau" and not (run.resumed or settings.eval_only):
+        with run.autocast():
+            taumode.calibrate(raw_model, step_batches(run), settings)
+    if settings.ema_decay:
+        run.ema = [weight.detach().clone() for weight in raw_model.parameters()]
+    if run.resumed and run.state.step:
+        checkpoint.restore(raw_model, run.optimizer, run.ema, *stored[:2])
+    return run
+
+
+def choose_dtype(name, device):
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return getattr(torch, name)
+
+
+def choose_init_from(settings):
+    """What "auto", or a restart by torchrun, comes to."""
+    if settings.overwrite and settings.init_from in ("auto", "resume"):
+        raise UserError(f"overwrite = True starts a run anew, init_from = {settings.init_from!r} goes on with it: leave one out")
+    if (settings.init_from == "auto" or processes.RESTARTS) and checkpoint.steps(settings.out_dir):
+        settings.init_from = "resume"
+    elif settings.init_from == "auto":
+        settings.init_from = "scratch"
+
+
+def files_of(out_dir):
+    """Those of a run that the folder holds."""
+    return [*checkpoint.steps(out_dir), *(path for path in (Path(out_dir) / name for name in ("best.safetensors", *LOGS)) if path.exists())]
+
+
+def lines_until(path, step):
+    """The text of a file of lines without those that a resume from `step` will write again."""
+    lines = read_lines(path, step=int) if path.exists() else []
+    return "".join(line for line, record in lines if record["step"] <= step)
+
+
+def refuse_to_replace(settings, resumed):
+    held = files_of(settings.out_dir)
+    if held and not (resumed or settings.overwrite or only_looks(settings)):
+        raise UserError(
+            f"{Path(settings.out_dir)} holds a run already ({', '.join(path.name for path in held)}): give "
+            + ("--init_from=resume, " if checkpoint.steps(settings.out_dir) else "--init_from=scratch with ")
+            + "--overwrite=True, or another --out_dir"
+        )
+
+
+def domain_laplacian(settings):
+    """The (F, F) float64 tensor of the settings' file; None for dot."""
+    if settings.attention == "dot":
+        return None
+    if not os.path.exists(settings.laplacian):
+        raise UserError(
+            f"no Laplacian at {settings.laplacian}: make it with `python data/embed.py {settings.data_dir} "
+            f"--dim={settings.n_embd}` and `python build_laplacian.py {settings.data_dir}/embeddings.npy "
+            f"--out={settings.laplacian}`, or, for a corpus of one document, a chain with `python build_laplacian.py "
+            f"--graph=chain --dim={settings.n_embd // settings.n_head} --out={settings.laplacian}`"
+        )
+    return torch.from_numpy(load_laplacian(settings.laplacian))
+
+
+def started_model(settings, given, corpus):
+    """(model, laplacian, stored): the model to start with; of a run that is resumed also its checkpoint's (path, tensors, header)."""
+    if settings.init_from == "scratch":
+        return *new_model(settings, corpus), None
+    resume = settings.init_from == "resume"
+    if resume:
+        path, tensors, header = checkpoint.to_resume(settings.out_dir)
+    else:
+        path = checkpoint.find(settings.init_from)
+        tensors, header = checkpoint.read(path)
+    if header["tokenizer"] != corpus.tokenizer.to_json():
+        raise UserError(
+            f"the {corpus.vocab_size} tokens of {settings.data_dir} are not the {header['config'].get('vocab_size')} of {path}: "
+            f"prepare the text with --tokenizer={path.parent}, or start a run from scratch in another --out_dir"
+        )
+    changes = changes_of(settings, given, path, header)
+    laplacian = own = tensors.get("laplacian")
+    if "laplacian" in given and own is not None and (os.path.exists(settings.laplacian) or not resume or settings.eval_only):
+        laplacian = domain_laplacian(settings)
+        if resume and not settings.eval_only and not torch.equal(laplacian, own):
+            raise UserError(
+                f"{settings.laplacian} is not the Laplacian of the run in {settings.out_dir}: leave it out, "
+                f"or start a run from this one with --init_from={settings.out_dir} --out_dir=OTHER"
+            )
+    check_length(settings, corpus, changes.get("block_size", header["config"].get("block_size", 0)))
+    model = checkpoint.build_model(tensors, header, path, laplacian, **changes)
+    return model, laplacian, (path, tensors, header) if resume else None
+
+
+def model_settings(settings):
+    return {f.name: getattr(settings, f.name) for f in fields(ModelConfig) if f.name != "vocab_size"}
+
+
+def new_model(settings, corpus):
+    """(model, laplacian) of a run from scratch."""
+    laplacian = domain_laplacian(settings)
+    config = ModelConfig(vocab_size=corpus.vocab_size, **model_settings(settings))
+    check_length(settings, corpus, config.block_size)
+    try:
+        model = Tauformer(config, laplacian)
+        if settings.embedding_init == "domain":
+            start_embedding(model, Path(settings.data_dir) / "token_embeddings.npy")
+        return model, laplacian
+    except (RuntimeError, MemoryError) as error:
+        raise UserError(
+            f"the model does not fit into memory: lower n_layer = {config.n_layer} or n_embd = "
+            f"{config.n_embd} ({str(error).splitlines()[0]})"
+        ) from None
+
+
+def changes_of(settings, given, path, header):
+    """The model settings in which a run that starts from a checkpoint may differ from it. Raises UserError for others."""
+    changes = {}
+    for name, ours in sorted(model_settings(settings).items()):
+        theirs = header["config"].get(name)
+        if name not in given:
+            continue
+        if name in ("block_size", "dropout") or name == "tau_mode" and settings.init_from != "resume":
+            changes[name] = ours
+        elif ours != theirs and not (name == "n_kv_head" and ours == 0):
+            raise UserError(f"{name} = {ours!r}, but {path} has {theirs!r}: leave it out")
+    begun = header["run"].get("settings", {}).get("embedding_init", settings.embedding_init)
+    if "embedding_init" in given and settings.embedding_init != begun:
+        raise UserError(f"embedding_init = {settings.embedding_init!r}, but the embeddings of {path} began as {begun!r}: leave it out")
+    settings.embedding_init = begun
+    return changes
+
+
+@torch.no_grad()
+def start_embedding(model, path):
+    """Give every token the direction of its row of a file (V, F), F = n_embd, and the length that it has on average
+    anyway; one whose row is zero keeps its random vector."""
+    if not path.exists():
+        raise UserError(f'embedding_init = "domain" needs {path}: make it with `python data/embed.py {path.parent} --overwrite`')
+    try:
+        vectors = torch.from_numpy(np.load(path)).float()
+        if not vectors.isfinite().all():
+            raise ValueError("it holds NaN or infinity")
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged ({error}): make it again with data/embed.py --overwrite") from None
+    weight = model.embedding.weight
+    if vectors.shape != weight.shape:
+        raise UserError(
+            f"{path} is {tuple(vectors.shape)}, but vocabulary and n_embd are {tuple(weight.shape)}: make it again "
+            f"with data/embed.py --dim={weight.size(1)} --overwrite"
+        )
+    length = vectors.norm(dim=1, keepdim=True)
+    weight.copy_(torch.where(length > 0, vectors * (INIT_STD * math.sqrt(weight.size(1)) / length.clamp_min(1e-30)), weight))
+
+
+def check_length(settings, corpus, T):
+    for split in ("train", "val"):
+        if (length := len(getattr(corpus, split))) <= T:
+            raise UserError(f"{settings.data_dir}/{split}.bin has {length} tokens, too few for one context: block_size = {T} needs {T + 1}")
