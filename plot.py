@@ -5,6 +5,7 @@
     python plot.py data/python_docs/laplacian.parquet --out=laplacian.png
     python plot.py out/tau_30m results/published_30m --out=beside_the_published.png --max_loss=5
 
+--idea=TEXT draws where the tokens of a text lie on the line of lambdas, in one head of a trained model, and how much each counts.
 --bands draws, for one run and layer by layer, how the lambdas of the keys of each head spread over time."""
 
 from functools import partial
@@ -18,8 +19,10 @@ import numpy as np
 import torch
 
 from common import NUMBER, Parser, UserError, check_place, read_lines, replacing, run
+from data import tokenizer as tokenizers
 from data.laplacian import load_laplacian
 from model import head_laplacians, kron_reduction
+from ops.attention import attention_weights
 from training import checkpoint
 
 
@@ -133,11 +136,52 @@ def overview(sources, folders, max_loss, n_head):
     return panels
 
 
-def draw(panels, out):
+@torch.no_grad()
+def idea(folder, text, layer, head):
+    """The panel of one head: where the last token's query and the keys of a text lie on the line of lambdas, and their weights."""
+    path = checkpoint.find(folder)
+    tensors, header = checkpoint.read(path)
+    model, tokenizer = checkpoint.build_model(tensors, header, path), tokenizers.from_json(header["tokenizer"])
+    config, tokens = model.config, tokenizer.encode(text)
+    heads = config.n_head - config.local_heads
+    if config.attention != "tau":
+        raise UserError(f"--idea={text!r} is for tau attention; {folder} has {config.attention}")
+    if not (0 <= layer < config.n_layer and 0 <= head < heads):
+        raise UserError(
+            f"--layer={layer} --head={head}: {folder} has the layers 0 to {config.n_layer - 1} and the tau heads 0 to {heads - 1}"
+        )
+    if not 2 <= len(tokens) <= config.block_size:
+        raise UserError(f"--idea={text!r} has {len(tokens)} tokens; 2 to {config.block_size} can be drawn")
+    with model.recording() as seen:
+        model(torch.tensor([tokens]), head=False)
+    at = seen[layer]
+    weights = attention_weights(at.lambda_q, at.lambda_k, at.temperature, at.log_decay, at.key_bias)[0, head, -1]
+    temperature = at.temperature.expand(heads)[head].item() if torch.is_tensor(at.temperature) else at.temperature
+    names = [tokenizer.decode_bytes([token]).decode(errors="replace").strip() or "_" for token in tokens]
+    lambda_k = at.lambda_k[0, head * at.lambda_k.size(1) // heads]
+    return partial(
+        draw_idea, lambda_q=at.lambda_q[0, head, -1].item(), lambda_k=lambda_k, weights=weights, temperature=temperature, names=names
+    )
+
+
+def draw_idea(axis, lambda_q, lambda_k, weights, temperature, names):
+    """lambda_k, weights: (T,); names: those of the tokens. The last one's query is lambda_q."""
+    line = torch.linspace(min(lambda_k.min(), lambda_q) - 0.02, max(lambda_k.max(), lambda_q) + 0.02, 500)
+    axis.plot(line, (-(line - lambda_q).abs() / temperature).exp(), color="C1", label=f"exp(-|lambda_q - lambda_k| / {temperature:.3g})")
+    axis.axvline(lambda_q, color="C1", linestyle=":", label=f'lambda_q of "{names[-1]}"')
+    axis.vlines(lambda_k, 0, weights / weights.max(), color="C0", alpha=0.5)
+    axis.plot(lambda_k, weights / weights.max(), "o", color="C0", markersize=4, label="keys, at their weight in the softmax")
+    for number, (x, y, name) in enumerate(zip(lambda_k.tolist(), (weights / weights.max()).tolist(), names)):
+        axis.annotate(name, (x, y), (0, 5 + 9 * (number % 2)), textcoords="offset points", fontsize=8, ha="center", rotation=45)
+    axis.set(xlabel="lambda", ylabel="weight, the heaviest is 1", ylim=(0, 1.25))
+    axis.legend(fontsize="small", loc="upper right")
+
+
+def draw(panels, out, width=5.5):
     """The figure of some panels, functions of an axis."""
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(5.5 * columns, 4.5 * rows), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, 4.5 * rows), layout="constrained", squeeze=False)
     for axis, draw in zip(axes.flat, panels):
         draw(axis)
     for unused in axes.flat[len(panels) :]:
@@ -152,19 +196,24 @@ def main():
     options.add_argument("sources", nargs="+", type=Path, metavar="OUT_DIR_OR_LAPLACIAN")
     options.add_argument("--out", type=Path, help="(default: figure.png in the first OUT_DIR)")
     options.add_argument("--bands", action="store_true", help="the energies of every layer and head instead (bands.png)")
+    options.add_argument("--idea", metavar="TEXT", help="one head instead: the text's tokens on the line of lambdas (idea.png)")
+    options.add_argument("--layer", type=int, default=0, help="with --idea (default: %(default)s)")
+    options.add_argument("--head", type=int, default=0, help="with --idea, counted without the local ones (default: %(default)s)")
     options.add_argument("--n_head", type=int, help="of a Laplacian's file, also the spectra of a model's heads, n_embd being F")
     options.add_argument("--max_loss", type=float, help="upper end of the losses' axis (default: the highest)")
     options.add_argument("--overwrite", action="store_true", help="replace a figure that is there already")
     args = options.parse_args()
 
     folders = [source for source in args.sources if source.suffix != ".parquet"]
-    if args.bands and len(args.sources) != 1 or args.bands and not folders:
-        raise UserError("--bands takes one output folder of train.py")
+    if (args.bands or args.idea) and (len(args.sources) != 1 or not folders or args.bands and args.idea):
+        raise UserError("--bands and --idea take one output folder of train.py, each by itself")
     if not folders and args.out is None:
         raise UserError("--out=FILE.png is missing")
-    out = args.out or folders[0] / ("bands.png" if args.bands else "figure.png")
+    out = args.out or folders[0] / ("bands.png" if args.bands else "idea.png" if args.idea else "figure.png")
     check_place(out, ".png", args.overwrite)
 
+    if args.idea:
+        return draw([idea(folders[0], args.idea, args.layer, args.head)], out, width=10)
     if args.bands:
         tokens, lambdas = read_diagnostics(folders[0])
         panels = [partial(draw_bands, layer=layer, tokens=tokens, lambdas=lambdas[:, layer]) for layer in range(lambdas.shape[1])]

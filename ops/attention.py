@@ -1,7 +1,7 @@
 """tau attention: the operator. One scalar lambda a token and head takes the place of query and key vectors.
 
 tau_attention() is what model.py calls. naive() is its definition. Two compute the same in O(T log T): `walk` (attention.cpp,
-compiled at first use, CPU) and `tree` (plain torch, any device); README, "Why this is fast", explains them. `triton`
+compiled at first use, CPU) and `tree` (plain torch, any device); docs/algorithm.md explains them. `triton`
 (attention_triton.py) computes it densely in a GPU's fast memory."""
 
 import fcntl

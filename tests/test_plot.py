@@ -33,3 +33,21 @@ def test_mistakes(work, tmp_path, args, expected):
         (tmp_path / name / "metrics.jsonl").write_text(content)
     assert expected in fails("plot.py", *[arg.format(tmp=tmp_path) for arg in args], cwd=work)
     assert (tmp_path / "taken.png").read_bytes() == b"mine"
+
+
+def test_idea(work, here):
+    out = ok("plot.py", work / "out/small", "--idea=the list of names", "--layer=1", "--head=2", "--out=i.png", cwd=here)
+    assert "figure: i.png" in out and (here / "i.png").stat().st_size > 10_000
+    for options, expected in (
+        (["--idea=the list", "--layer=2"], "--layer=2"),
+        (["--idea=the list", "--head=4"], "--head=4"),
+        (["--idea=a"], "tokens"),
+        (["--idea=the list", "--bands"], "one output folder"),
+    ):
+        assert expected in fails("plot.py", work / "out/small", *options, "--out=j.png", cwd=here)
+
+
+def test_runs_of_which_some_validations_are_known(work, here):
+    (here / "known").mkdir()
+    (here / "known/metrics.jsonl").write_text('{"step": 100, "tokens": 13107200, "split": "val", "loss": 4.9255}\n')
+    ok("plot.py", work / "out/small", "known", "--out=k.png", "--max_loss=5", cwd=here)

@@ -7,8 +7,6 @@ import math
 import sys
 from dataclasses import asdict, dataclass, field, fields
 
-import torch
-
 from common import RANK, UserError
 from data import tokenizer as tokenizers
 from data.checkpoint_file import find, read, save, step_path, steps  # noqa: F401 (callers find and read checkpoints through this module)
@@ -103,7 +101,6 @@ def restore(model, optimizer, ema, path, tensors):
         return placed(tensor, like)
 
     for at, (name, weight) in enumerate(model.named_parameters()):
-        scalar = torch.zeros((), device=weight.device)
-        optimizer.state[weight] = {key: stored(f"optimizer.{key}.{name}", scalar if key == "step" else weight) for key in optim.KEPT}
+        optimizer.state[weight] = {key: stored(f"optimizer.{key}.{name}", like) for key, like in optim.kept(optimizer, weight).items()}
         if ema is not None and f"ema.{name}" in tensors:
             ema[at] = stored(f"ema.{name}", weight)

@@ -5,8 +5,7 @@ import math
 
 import torch
 
-KEPT = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a weight, by its own names; a checkpoint holds them
-NUMBERS = 2  # of which as large as the weight
+NUMBERS = 2  # that the optimizer keeps for each number of a weight
 
 
 def adamw(model, learning_rate, betas, weight_decay):
@@ -25,6 +24,12 @@ def adamw(model, learning_rate, betas, weight_decay):
 
 def optimizer_of(model, settings):
     return adamw(model, settings.learning_rate, (settings.beta1, settings.beta2), settings.weight_decay)
+
+
+def kept(optimizer, weight):
+    """What the optimizer keeps of a weight, by its own names: tensors of the shapes, on the devices that these have. A checkpoint
+    holds them, and a run that resumes refuses one that lacks any."""
+    return {"step": torch.zeros((), device=weight.device), "exp_avg": weight, "exp_avg_sq": weight}
 
 
 def learning_rate(settings, step, scale):

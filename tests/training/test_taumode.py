@@ -121,10 +121,11 @@ def test_diagnostics(form):
     record = diagnose(model, idx)
     with model.recording() as recorded:
         model(idx)
-    for layer, (E_q, E_k, *rest) in enumerate(recorded):
-        tau = taumode.tau_of(model)[layer]
+    for layer, seen in enumerate(recorded):
+        tau, E_q, E_k = taumode.tau_of(model)[layer], seen.E_q, seen.E_k
         lambda_q, lambda_k = E_q / (E_q + tau[0]), E_k / (E_k + tau[0])
-        p = attention_weights(lambda_q.transpose(1, 2), lambda_k.transpose(1, 2), *(rest if form else [1.0]))
+        rest = [seen.temperature, seen.log_decay, seen.key_bias] if form else [1.0]
+        p = attention_weights(lambda_q.transpose(1, 2), lambda_k.transpose(1, 2), *rest)
         for head in range(4):
             assert record["lambda_q"][layer][head][1] == pytest.approx(lambda_q[..., head].quantile(0.5).item(), abs=1e-6)
             entropy = -(p[:, head] * p[:, head].clamp_min(1e-30).log()).sum(-1).mean()
@@ -132,6 +133,18 @@ def test_diagnostics(form):
             near = sum(p[b, head, i, max(0, i - 15) : i + 1].sum().item() for b in range(2) for i in range(24)) / 48
             assert record["near_mass"][layer][head] == pytest.approx(near, abs=1e-5)
         assert record["E_k"][layer][1][2] == pytest.approx(E_k[..., 1].quantile(0.95).item(), rel=1e-5)
+
+
+def test_diagnostics_see_what_the_operator_gets():
+    """Also where lambda is changed between the energy and the operator."""
+    model, idx = small(), tokens(B=2, T=24)
+    for block in model.blocks:
+        lambdas = block.attention.lambdas
+        block.attention.lambdas = lambda E, lambdas=lambdas: lambdas(E) / 2
+    changed = torch.tensor(diagnose(model, idx)["lambda_k"][0])
+    for block in model.blocks:
+        del block.attention.lambdas
+    torch.testing.assert_close(changed, torch.tensor(diagnose(model, idx)["lambda_k"][0]) / 2)
 
 
 def test_collapse_is_named_once():
