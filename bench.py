@@ -13,22 +13,26 @@ Laplacian.
 What is compared runs in turn, and medians are reported, because a machine is seldom quiet. Tables and figures go to
 results/my_*; those that came with the repository, of the same names without "my_", are never written."""
 
-import importlib
-
 import torch
 
+from benchmarks.accuracy import bench_curves, bench_precision
+from benchmarks.attention import bench_attention
+from benchmarks.decoding import bench_context, bench_decode
+from benchmarks.kernels import bench_triton
+from benchmarks.laplacian import bench_laplacian
+from benchmarks.training import bench_train_step
 from common import Parser, UserError, run
 
 BENCHMARKS = {
-    "attention": ("attention", "bench_attention"),
-    "train_step": ("training", "bench_train_step"),
-    "decode": ("decoding", "bench_decode"),
-    "context": ("decoding", "bench_context"),
-    "curves": ("accuracy", "bench_curves"),
-    "precision": ("accuracy", "bench_precision"),
-    "laplacian": ("laplacian", "bench_laplacian"),
-    "triton": ("kernels", "bench_triton"),
-}  # command: (room benchmarks/, function)
+    "attention": bench_attention,
+    "train_step": bench_train_step,
+    "decode": bench_decode,
+    "context": bench_context,
+    "curves": bench_curves,
+    "precision": bench_precision,
+    "laplacian": bench_laplacian,
+    "triton": bench_triton,
+}
 
 
 def main():
@@ -51,8 +55,7 @@ def main():
     for name, least in (("longest", 1024), ("repeats", 1), ("steps", 1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name}={getattr(args, name)} must be at least {least}")
-    module, function = BENCHMARKS[args.what]
-    getattr(importlib.import_module(f"benchmarks.{module}"), function)(args)
+    BENCHMARKS[args.what](args)
 
 
 if __name__ == "__main__":
