@@ -1,5 +1,5 @@
-"""Measure: the attention operator, a whole training step, decoding, what the fast ways cost in accuracy, and the build of a
-Laplacian.
+"""Measure: the attention operator, a whole training step, decoding, what the fast implementations cost in accuracy, and the
+build of a Laplacian.
 
     python bench.py attention                     # against flash SDPA, 256 to 65,536 tokens; --device=cuda: on a GPU
     python bench.py train_step --nanogpt=DIR      # the 30M model, and nanoGPT's from a checkout of it
@@ -11,7 +11,7 @@ Laplacian.
     python bench.py triton                        # what the GPU kernels take of registers and shared memory; needs no GPU
 
 What is compared runs in turn, and medians are reported, because a machine is seldom quiet. Tables and figures go to
-results/my_*; those that came with the repository, of the same names without "my_", are never written."""
+results/my_*; those that came with the repository, of the same names without "my_", are never overwritten."""
 
 import torch
 

@@ -5,9 +5,9 @@
     python build_laplacian.py --inspect FILE.parquet --n_head=6
 
 The published recipe (arrowspace, JOSS 09002): the distance of two features is d = 1 - max(0, cosine of their columns),
-neighbours of a feature are the nearest min(k, topk, F-1) within eps, an edge has the weight 1 / (1 + (d/sigma)^p).
-One pass over the embeddings, of any number, sums the F x F Gram matrix, which is all that the graph needs; of several
-processes (torchrun) each takes its part."""
+the neighbours of a feature are the nearest min(k, topk, F-1) within eps, and an edge has the weight 1 / (1 + (d/sigma)^p).
+One pass over the embeddings, however many, sums up the F x F Gram matrix, which is all that the graph needs; with several
+processes (torchrun) each takes a part of the rows."""
 
 import hashlib
 import subprocess
@@ -50,7 +50,7 @@ class NpyEmbeddings:
 
 
 class ParquetEmbeddings:
-    """A parquet file of floats with one column a feature, or with one column of lists; `pieces` are its row groups."""
+    """A parquet file of floats with one column per feature, or with one column of lists; `pieces` are its row groups."""
 
     def __init__(self, path):
         self.path = path
@@ -94,7 +94,7 @@ class ParquetEmbeddings:
 
 def opened(path):
     """The embeddings of a .npy or parquet file, or those of all such files of a folder, in the order of their names.
-    Raises UserError if they do not have the same features, as many and, where they have names, of the same names."""
+    Raises UserError unless they have the same number of features and, where features have names, the same names."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
     paths = [path]
@@ -108,19 +108,19 @@ def opened(path):
             raise UserError(f"{shard.path} has {shard.columns} features, {shards[0].path} has {shards[0].columns}: shards have the same")
         named = next((other for other in shards if other.names), shard)
         if shard.names and shard.names != named.names:
-            raise UserError(f"{shard.path} has not the columns of {named.path} in the same order: shards have the same")
+            raise UserError(f"{shard.path} does not have the columns of {named.path} in the same order: shards have the same")
     if not 2 <= shards[0].columns <= MOST_FEATURES:
         raise UserError(f"{path} has {shards[0].columns} features: a graph has 2 to {MOST_FEATURES}")
     return shards
 
 
 def gram_matrix(shards, center=False):
-    """X^T X, (F, F) float64, of the embeddings X (N, F), less the mean of every feature if center; and N. A meeting of
-    all processes. Raises UserError for a row with NaN or infinity."""
+    """(X^T X (F, F) float64, N) of the embeddings X (N, F), minus the mean of every feature if center. Collective: all
+    processes call it. Raises UserError for a row with NaN or infinity."""
     F = shards[0].columns
     gram, total, count = np.zeros((F, F)), np.zeros(F), 0
     todo = [(shard, number) for shard in shards for number, (_, rows) in enumerate(shard.pieces) if rows]
-    origin = next(todo[0][0].read(todo[0][1]))[0].astype(np.float64) if center else 0.0  # near the mean: nothing cancels later
+    origin = next(todo[0][0].read(todo[0][1]))[0].astype(np.float64) if center else 0.0  # near the mean, so that little cancels below
     todo = todo[RANK::WORLD]
     progress = tqdm(
         total=sum(shard.pieces[number][1] for shard, number in todo),
@@ -148,13 +148,13 @@ def gram_matrix(shards, center=False):
         gram, total, count = joined(gram, total, count)
     gram = gram - np.outer(total, total) / count if center else gram
     if not np.isfinite(gram).all():
-        raise UserError("the embeddings' products are past float64: their greatest length is over 1e150: scale them down")
+        raise UserError("the embeddings' products overflow float64: their greatest length is over 1e150: scale them down")
     return gram, count
 
 
 def joined(gram, total, count):
     """The sums over all processes."""
-    import torch  # here, because one process does without
+    import torch  # here, because a single process does without it
     import torch.distributed as dist
 
     from training import processes
@@ -168,7 +168,7 @@ def joined(gram, total, count):
 
 
 def sha256(shards):
-    """Of the files' bytes, one after the other: for one file what `sha256sum` prints."""
+    """The hash of the files' bytes, one file after the other: of one file, what `sha256sum` prints."""
     digest = hashlib.sha256()
     for shard in shards:
         with open(shard.path, "rb") as file:
@@ -184,7 +184,7 @@ def project(gram, dim, seed):
 
 
 def feature_distances(gram):
-    """d = 1 - max(0, cos) between feature columns, (F, F) in [0, 1]; a column of zeros is at 1 from every other."""
+    """d = 1 - max(0, cos) between feature columns, (F, F) in [0, 1]; a column of zeros is at distance 1 from every other."""
     length = np.sqrt(np.maximum(np.diag(gram), 0))
     length[length == 0] = np.inf
     distances = 1 - np.clip(gram / np.outer(length, length), 0, 1)
@@ -199,9 +199,9 @@ def random_distances(F, seed):
 
 
 def rewired(weights, seed):
-    """A random connected graph in which every feature has as many edges as in `weights` (F, F), and the same weights stand
-    on other edges: pairs of edges swap their ends where that makes no edge twice (Maslov & Sneppen 2002), in ten passes
-    over all edges, and the weights are dealt anew."""
+    """A random connected graph (F, F) in which every feature has as many edges as in `weights` (F, F), with the same weights
+    on other edges: pairs of edges swap ends where that duplicates no edge (Maslov & Sneppen 2002), in ten passes over all
+    edges, and the weights are shuffled."""
     generator = np.random.default_rng(seed)
     ends, edges = np.argwhere(np.triu(weights)), weights > 0
     dealt = generator.permutation(weights[tuple(ends.T)])
@@ -221,9 +221,9 @@ def rewired(weights, seed):
 
 
 def neighbour_graph(distances, k, topk, eps):
-    """Edges (F, F) bool: each feature to its min(k, topk, F-1) nearest with distance <= eps, ties by the lower index,
-    an edge where either chose the other; components that remain are joined by their shortest pair. And how many
-    such joins there were."""
+    """(edges (F, F) bool, joins). Each feature chooses its min(k, topk, F-1) nearest with distance <= eps, at a tie the one
+    of lower index; there is an edge where either chose the other. Components that remain are joined by the shortest pair
+    between them; `joins` counts these."""
     F = len(distances)
     reach = distances.copy()
     np.fill_diagonal(reach, np.inf)
@@ -247,7 +247,7 @@ def edge_weights(distances, edges, p, sigma):
 
 
 def build(args):
-    """(L, settings) as the command line says."""
+    """(L (F, F), settings) as the command line says; (None, None) on ranks other than 0. Raises UserError."""
     distances, settings = None, {"graph": args.graph}
     F = args.dim
     if args.embeddings:
@@ -305,7 +305,7 @@ def build(args):
 
 
 def numbers(L):
-    """What --inspect prints and the JSON holds of a Laplacian."""
+    """The numbers of a Laplacian that --inspect prints and the JSON holds."""
     eigenvalues, degree = np.linalg.eigvalsh(L), (np.triu(L, 1) + np.tril(L, -1) != 0).sum(1)
     return {
         "edges": int(degree.sum()) // 2,
@@ -318,7 +318,7 @@ def numbers(L):
 
 def inspect(path, n_head, out):
     """Print the numbers of a Laplacian's file and have plot.py draw it. Returns plot.py's exit code."""
-    import torch  # here, because building does without
+    import torch  # here, because building does without it
 
     from model import kron_reduction
 
@@ -369,7 +369,7 @@ def main():
         choices=("domain", "chain", "random", "complete"),
         default="domain",
         help="domain: the recipe above (default). Controls: chain, a path with weights 1; "
-        "random, the domain's weights on other edges, each feature with as many "
+        "random, the domain's weights on other edges, as many at each feature "
         "(without EMBEDDINGS: the recipe on random distances); complete, all pairs with weight 1",
     )
     options.add_argument(

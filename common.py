@@ -1,4 +1,4 @@
-"""What every script shares: how a user's mistake ends a program, and how a file is replaced whole."""
+"""What every script shares: how a user's mistake ends a program, how a file is replaced as a whole, settings, arguments."""
 
 import argparse
 import errno
@@ -16,7 +16,7 @@ RANK, LOCAL_RANK, WORLD = (
     int(os.environ.get(name, default))  # among the processes that torchrun started
     for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
 )
-ROOT = Path(__file__).resolve().parent  # of the checkout
+ROOT = Path(__file__).resolve().parent  # root of the checkout
 NUMBER = (int, float)  # for read_lines
 POSITIVE = (lambda value: 0 < value < 2**31, "positive and below 2^31")
 NOT_NEGATIVE = (lambda value: 0 <= value < 2**31, "0 or more and below 2^31")
@@ -24,7 +24,7 @@ FRACTION = (lambda value: 0 <= value < 1, "at least 0 and below 1")
 
 
 class UserError(ValueError):
-    """A mistake of the user's: one line that says what was wrong, with which value, and what to do."""
+    """A user's mistake: one line that says what was wrong, with which value, and what to do."""
 
 
 def one_of(*choices):
@@ -32,19 +32,19 @@ def one_of(*choices):
 
 
 def setting(default, meaning, rule=None):
-    """A dataclass's field: what it means, and what it must be: (a function of the value, its description)."""
+    """A dataclass field with its meaning and its rule: (predicate of the value, what the value must be) or None."""
     return field(default=default, metadata={"meaning": meaning, "rule": rule})
 
 
 def check_rule(f, value, source=None):
-    """Raise UserError unless the value is what the rule of a field asks for."""
+    """Raise UserError unless the value satisfies the rule of the field f. source: where it was given, for the message."""
     rule = f.metadata["rule"]
     if rule and not rule[0](value):  # NaN and infinity too
         raise UserError((f"{source}: " if source else "") + f"{f.name} = {value!r} must be {rule[1]}")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, like every other mistake."""
+    """An argument parser whose errors are UserErrors, like every other mistake."""
 
     def __init__(self, description):
         super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -54,9 +54,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main):
-    """Call main() and exit: 0 done, 1 a failure of the run itself, 2 a mistake of the user's (one line on stderr)."""
+    """Call main() and end the program with exit code 0, or 1 for a disk that is full or fails, 2 for a user's mistake (one line on
+    stderr either way), 130 after Ctrl-C, 141 if the reader of the output has left."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by who called
+        if getattr(sys, name) is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, mode))
     try:
         main()
@@ -74,7 +75,7 @@ def run(main):
 
 
 def end_output():
-    """Write what is still to be written to standard output, if it can be, and nothing more."""
+    """Flush standard output, if that is possible, and let nothing more reach it."""
     with suppress(OSError):
         sys.stdout.flush()
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -90,11 +91,11 @@ def replacing(path):
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.umask(umask := os.umask(0))
-        os.chmod(temporary, 0o666 & ~umask)  # some writers leave it closed to others
+        os.chmod(temporary, 0o666 & ~umask)  # some writers create files that others may not read
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # the new name, too, outlasts a power cut
+            os.fsync(folder)  # so that the new name, too, survives a power cut
         finally:
             os.close(folder)
     finally:
@@ -103,7 +104,7 @@ def replacing(path):
 
 @contextmanager
 def output_folder(path):
-    """Make the folder `path`; if the block fails, a folder that was not there before goes again, unless it holds
+    """Make the folder `path`. If the block fails, a folder that did not exist before is removed again, unless it holds
     something."""
     existed = path.exists()
     path.mkdir(parents=True, exist_ok=True)
@@ -122,7 +123,7 @@ def refuse_existing(path, overwrite):
 
 
 def check_place(path, suffix, overwrite, option="--out"):
-    """Raise UserError unless a file may be written to `path`: its name, its folder, and that it is not there yet."""
+    """Raise UserError unless `path` ends in `suffix`, its folder exists, and it is not there yet or may be overwritten."""
     if path.suffix != suffix:
         raise UserError(f"{option}={path} must end in {suffix}")
     if not path.parent.is_dir():
@@ -131,8 +132,8 @@ def check_place(path, suffix, overwrite, option="--out"):
 
 
 def append_line(path, record):
-    """Add an object to a file of JSON objects, one a line, in place of a last line without an end, of a writer that was killed.
-    Several processes may do so at a time."""
+    """Append an object to a JSON Lines file, in place of an unterminated last line, if a killed writer left one. Several processes
+    may do so at a time."""
     with open(path, "ab+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
@@ -143,9 +144,8 @@ def append_line(path, record):
 
 
 def read_lines(path, **fields):
-    """[(line, object)] of a file of JSON objects, one a line; a last line without an end, of a writer that was killed, is
-    left out. fields: names and types that each object must have, numbers finite. Raises UserError for a line that is no object or
-    lacks one."""
+    """[(line, object)] of a JSON Lines file; an unterminated last line, which a killed writer leaves, is left out. fields: names
+    and types of the fields that each object must have, numbers finite. Raises UserError for a line that is not such an object."""
     records = []
     for number, line in enumerate(path.read_text(errors="replace").splitlines(keepends=True), 1):
         if line.endswith("\n"):
@@ -163,8 +163,8 @@ def read_lines(path, **fields):
 
 
 def choose_device(name, local_rank=0):
-    """The torch.device called `name`; "auto" is cuda, else mps, else cpu. Raises UserError if it cannot be used."""
-    import torch  # here, because the scripts that only prepare data do without
+    """The torch.device called `name`; "auto" is cuda, else mps, else cpu; "cuda" is cuda:local_rank. Raises UserError if it is unusable."""
+    import torch  # here, because scripts that only prepare data do without it
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -177,7 +177,7 @@ def choose_device(name, local_rank=0):
 
 
 def commit():
-    """Of the code that runs; None outside a git checkout, and without git."""
+    """The git commit of the running code, "-dirty" if it was changed; None outside a checkout, and without git."""
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"], capture_output=True, text=True, cwd=ROOT
@@ -188,9 +188,9 @@ def commit():
 
 
 def peak_rss_mb():
-    """The most memory this process has held, in MB."""
+    """Peak resident memory of this process, in MB."""
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count the process that started this one, too
+    if status.exists():  # getrusage would count that of the process that started this one, too
         return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**10
     import resource
 

@@ -1,16 +1,16 @@
 """Tauformer, the topological transformer.
 
-A GPT whose attention compares, instead of queries and keys, one scalar for each token and head: the bounded energy of
-its query or key on a fixed graph Laplacian L, built once from a domain's embeddings (build_laplacian.py).
+A GPT whose attention compares not query and key vectors but one scalar per token and head: the bounded energy of the
+query or key on a graph Laplacian L, which is built once from a domain's embeddings (build_laplacian.py) and not trained.
 
     E(x)     = x^T L x / (x^T x + eps)                          energy
     lambda   = E / (E + tau)                                    bounded energy, in [0, 1)
     logit_ij = -|lambda_q,i - lambda_k,j| / temperature         for j <= i
 
-Notable: pre-norm blocks, RMS-norm without weights, no biases, RoPE and then RMS-norm on queries and keys, relu^2 MLP,
-grouped-query heads, untied embedding and head, logit softcap. attention = "dot" is the twin that scores by dot product;
-nothing else differs. (Article "Training a 30M parameters Topological Transformer", 2026; paper "Topological
-Transformer", 2026.)
+Otherwise: pre-norm blocks, RMS-norm without weights, no biases, RoPE and then RMS-norm on queries and keys, relu^2 MLP,
+grouped-query attention, untied embedding and output head, logit softcap. attention = "dot" is the twin, which scores by
+dot product and differs in nothing else. (Article "Training a 30M parameters Topological Transformer", 2026; paper
+"Topological Transformer", 2026.)
 """
 
 import math
@@ -32,7 +32,7 @@ INIT_STD = 0.02
 
 @dataclass
 class ModelSettings:
-    """What a config may say of the model, a line each: default, meaning, and what it must be."""
+    """The model's settings, one line each: default, meaning, and the rule that a value must satisfy."""
 
     block_size: int = setting(1024, "context, tokens", POSITIVE)
     n_layer: int = setting(6, "blocks", POSITIVE)
@@ -43,7 +43,7 @@ class ModelSettings:
     attention: str = setting("tau", "tau, or its twin that scores by dot product: dot", one_of("tau", "dot"))
     temperature: float = setting(
         1.0,
-        "of the tau logits -|lambda_q - lambda_k| / temperature (of dot: none)",
+        "of the tau logits -|lambda_q - lambda_k| / temperature (dot does not use it)",
         (lambda value: 1e-9 <= value < 2**31, "at least 1e-9 and below 2^31"),
     )
     tau_mode: str = setting(
@@ -52,23 +52,23 @@ class ModelSettings:
         "adaptive; gradient; learned, a parameter of every key head (training/taumode.py)",
         one_of("fixed", "mean", "percentile", "adaptive", "gradient", "learned"),
     )
-    softcap: float = setting(15.0, "logits are softcap * tanh(logits / softcap); 0: as they are", NOT_NEGATIVE)
+    softcap: float = setting(15.0, "the output logits become softcap * tanh(logits / softcap); 0: no cap", NOT_NEGATIVE)
     # beyond the published form
-    learn_temperature: bool = setting(False, "a temperature of each head, learned from the given one on, or, of dot, a scale, from 1.2 on")
+    learn_temperature: bool = setting(False, "learn a temperature per head, from the given one on (dot: a scale per head, from 1.2 on)")
     forget: str = setting(
         "none",
-        "none; slope: each head learns how much a step back costs; gate: it learns it from the token",
+        "none; slope: each head learns a constant cost per step back; gate: the cost is computed from the token",
         one_of("none", "slope", "gate"),
     )
     spectral_filter: bool = setting(
-        False, "tau: the energy weighs the Laplacian's eigenvectors by learned numbers, at first the eigenvalues"
+        False, "tau: the energy weights the Laplacian's eigenvectors by learned numbers, initially the eigenvalues"
     )
-    conv: int = setting(0, "taps of a causal convolution of each channel of q, k, v with itself (0: none)", NOT_NEGATIVE)
-    key_bias: bool = setting(False, "how much a key counts, learned from its token")
-    output_gate: bool = setting(False, "what the heads give is multiplied by the sigmoid of a projection of the token")
-    local_heads: int = setting(0, "tau: heads that attend by dot product instead, to the last local_window tokens only", NOT_NEGATIVE)
-    local_window: int = setting(16, "tokens, the query's own among them", POSITIVE)
-    tau_rope: bool = setting(True, "tau: rotate, too, the queries and keys whose energies are compared, by their positions")
+    conv: int = setting(0, "taps of a causal depthwise convolution over tokens, added to q, k and v (0: none)", NOT_NEGATIVE)
+    key_bias: bool = setting(False, "a bias per key, computed from its token: how much the key counts")
+    output_gate: bool = setting(False, "multiply the heads' output by the sigmoid of a projection of the token")
+    local_heads: int = setting(0, "tau: query heads that attend by dot product instead, to the last local_window tokens only", NOT_NEGATIVE)
+    local_window: int = setting(16, "tokens that a local head sees, the query's own included", POSITIVE)
+    tau_rope: bool = setting(True, "tau: apply RoPE also to the queries and keys whose energies are compared, not only to the local heads'")
 
 
 @dataclass
@@ -76,7 +76,7 @@ class ModelConfig(ModelSettings):
     vocab_size: int = setting(30522, "tokens", POSITIVE)
 
     def __post_init__(self):
-        """Raises UserError for a value that makes no sense, alone or with others."""
+        """Raises UserError for a value that is invalid by itself or together with others."""
         self.n_kv_head = self.n_kv_head or self.n_head
         for f in fields(self):
             check_rule(f, getattr(self, f.name))
@@ -108,7 +108,7 @@ class ModelConfig(ModelSettings):
 
 
 def norm(x):
-    """RMS-norm over the last dimension, without weights."""
+    """RMS-norm over the last dimension, without weights; returns x's shape, in float32 at least."""
     if torch.is_grad_enabled():
         return RMSNorm.apply(x)
     return F.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1:], eps=NORM_EPS)
@@ -121,7 +121,7 @@ def without_autocast(x):
 
 def energy(x, laplacian):
     """E(x) = x^T L x / (x^T x + eps), the Rayleigh quotient: x (B, T, H, D), laplacian (H, D, D) -> (B, T, H), >= 0.
-    Computed in the Laplacian's precision also under autocast."""
+    Computed in the Laplacian's dtype, and returned in it, under autocast too."""
     with without_autocast(x):
         quotient = Energy.apply if torch.is_grad_enabled() else rayleigh_quotient
         return quotient(x.to(laplacian.dtype), laplacian)
@@ -129,7 +129,7 @@ def energy(x, laplacian):
 
 def filtered_energy(x, roots, log_filter):
     """E(x) = x^T g(L) x / (x^T x + eps), where g(L) = U diag(eigenvalue * exp(log_filter)) U^T: x (B, T, H, D), roots
-    (H, D, D) = U diag(sqrt(eigenvalue)), log_filter (H, D) -> (B, T, H). Constants keep energy 0."""
+    (H, D, D) = U diag(sqrt(eigenvalue)), log_filter (H, D) -> (B, T, H). A constant x keeps energy 0."""
     with without_autocast(x):
         x = x.to(roots.dtype)
         y = by_head(x, roots * (log_filter / 2).exp()[:, None])
@@ -142,9 +142,9 @@ def bounded(E, tau):
 
 
 def kron_reduction(L, keep):
-    """The Laplacian of the network L (F, F) as seen from the features `keep`, a slice of D: the Schur complement
-    L_aa - L_ab L_bb^+ L_ba, (D, D). Symmetry, PSD, zero row sums, connectivity and effective resistances stay
-    (Dörfler & Bullo 2013)."""
+    """Kron reduction of the Laplacian L (F, F) to the features `keep`, a slice of D: the Schur complement
+    L_aa - L_ab L_bb^+ L_ba, (D, D). It is again the Laplacian of a connected graph (symmetric, PSD, rows that sum to 0)
+    and keeps the effective resistances (Dörfler & Bullo 2013)."""
     inside = torch.zeros(len(L), dtype=torch.bool)
     inside[keep] = True
     L_aa, L_ab, L_bb = L[inside][:, inside], L[inside][:, ~inside], L[~inside][:, ~inside]
@@ -152,10 +152,11 @@ def kron_reduction(L, keep):
 
 
 def head_laplacians(L, config):
-    """One Laplacian for each key head, (Hkv, D, D) float32, from the domain's L (F, F).
+    """One Laplacian per key/value head, (Hkv, D, D) float32, from the domain's L (F, F).
 
     F == D: every head uses L. F == n_embd: query head h owns the features h*D .. (h+1)*D - 1 and sees the whole
-    manifold through them; the heads that share keys share the first one's. Raises UserError for any other F."""
+    manifold through them, by Kron reduction; query heads that share a key/value head use the Laplacian of the first of
+    them. Raises UserError for any other F."""
     H, Hkv, D = config.n_head, config.n_kv_head, config.head_size
     L = L.detach().to("cpu", torch.float64)
     if L.shape == (D, D):
@@ -171,7 +172,7 @@ def head_laplacians(L, config):
 
 
 def rotary_angles(config, start, stop):
-    """cos and sin for rope(), each (stop - start, 1, D/2): position times base^(-2i/D), base 10000."""
+    """(cos, sin) of position * 10000^(-2i/D), for rope(): each (stop - start, 1, D/2) float32, at the positions start .. stop - 1."""
     half = config.head_size // 2
     frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
     angles = torch.outer(torch.arange(start, stop, dtype=torch.float64), frequencies)[:, None]
@@ -179,28 +180,28 @@ def rotary_angles(config, start, stop):
 
 
 def rope(x, rotary):
-    """Rotate the two halves of x (B, T, H, D) against each other by angles that grow with the position."""
+    """RoPE: rotate each pair (x_i, x_{i + D/2}) of x (..., T, H, D) by its position's angle; rotary: from rotary_angles()."""
     cos, sin = rotary
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).to(x.dtype)
 
 
 def queries_keys(x):
-    """(B, H, T, ...) of queries and (B, Hkv, T, ...) of keys from x (B, group + 1, T, Hkv, ...), which has for each head of keys
-    the queries that read it, and the keys."""
+    """Split x (B, group + 1, T, Hkv, ...), which holds for each key head the `group` query heads that read it and then the
+    keys, into queries (B, H, T, ...) and keys (B, Hkv, T, ...)."""
     x = x.movedim(3, 1)
     return x[:, :, :-1].flatten(1, 2), x[:, :, -1]
 
 
 def spectral_roots(L):
-    """U diag(sqrt(eigenvalue)) of L (H, D, D), whose product with its transpose is L."""
+    """R = U diag(sqrt(eigenvalue)) of L (H, D, D), so that R R^T = L: (H, D, D) float32."""
     eigenvalues, U = torch.linalg.eigh(L.double())
-    eigenvalues[:, 0] = 0  # of the constant vector; rounding leaves it a little beside
+    eigenvalues[:, 0] = 0  # that of the constant vector, which rounding leaves slightly off zero
     return (U * eigenvalues.clamp_min(0).sqrt()[:, None]).float()
 
 
 class Seen(NamedTuple):
-    """What an attention layer makes of a text: the energies of its queries and keys, and what tau_attention() is given."""
+    """What one layer of tau attention computed: the energies of its queries and keys, and its arguments to tau_attention()."""
 
     E_q: torch.Tensor  # (B, T, H)
     E_k: torch.Tensor  # (B, T, Hkv)
@@ -212,7 +213,7 @@ class Seen(NamedTuple):
 
 
 class Attention(nn.Module):
-    """As published, without a switch:
+    """As published, with all switches off:
 
     q, k, v            = norm(rope(query(x))), norm(rope(key(x))), value(x)
     lambda_q, lambda_k = bounded(energy(q, laplacian), tau), bounded(energy(k, laplacian), tau)
@@ -223,7 +224,7 @@ class Attention(nn.Module):
         self.config, self.layer = config, layer
         self.operator = tau_attention if config.attention == "tau" else dot_attention
         C, D, H, Hkv = config.n_embd, config.head_size, config.n_head, config.n_kv_head
-        far_kv = Hkv - config.local_kv_heads  # heads of keys that all later tokens see
+        far_kv = Hkv - config.local_kv_heads  # key/value heads that are not local
         self.query = nn.Linear(C, H * D, bias=False)
         self.key = nn.Linear(C, Hkv * D, bias=False)
         self.value = nn.Linear(C, Hkv * D, bias=False)
@@ -241,7 +242,7 @@ class Attention(nn.Module):
         slope = 2.0 ** (-8 * torch.arange(1, H + 1) / H)  # ALiBi's (Press et al. 2022)
         if config.forget == "slope":
             self.log_slope = nn.Parameter(slope.log())
-        if config.forget == "gate":  # Forgetting Transformer (Lin et al. 2025); at first the slopes
+        if config.forget == "gate":  # Forgetting Transformer (Lin et al. 2025); initially the slopes
             self.forget = nn.Linear(C, H)
             self.forget.bias.data = -slope.expm1().log()
         if config.spectral_filter:
@@ -254,8 +255,8 @@ class Attention(nn.Module):
             self.gate = nn.Linear(C, H * D, bias=False)
 
     def projections(self, x, rotary, cache):
-        """The queries that read each key head and its keys, (B, group + 1, T, Hkv, D), rotated and normed, and values
-        (B, Hkv, T, D) of x (B, T, C)."""
+        """(qk, v) of x (B, T, C): qk (B, group + 1, T, Hkv, D) holds for each key head the queries that read it and then
+        its keys, rotated and normed; v (B, Hkv, T, D) holds the values."""
         config, projected = self.config, [self.query(x), self.key(x), self.value(x)]
         if config.conv:
             qkv = torch.cat(projected, -1)
@@ -272,7 +273,7 @@ class Attention(nn.Module):
         return norm(qk), v.transpose(1, 2)
 
     def energies(self, qk, laplacian, cache):
-        """(B, group + 1, T, Hkv) of queries and keys (B, group + 1, T, Hkv, D)."""
+        """Energies (B, group + 1, T, Hkv) of the queries and keys qk (B, group + 1, T, Hkv, D)."""
         x = qk.flatten(1, 2)
         if self.config.spectral_filter:
             return filtered_energy(x, laplacian, self.log_filter.view(len(laplacian), -1)).view(qk.shape[:-1])
@@ -282,8 +283,8 @@ class Attention(nn.Module):
         return bounded(E, self.log_tau.exp())
 
     def switches(self, x):
-        """What the switches add to a head's logits, of x (B, T, C): sharpness (H,), log_decay (B, H, T) and key_bias (B, Hkv, T);
-        1.0, None and None where they are off."""
+        """What the switches do to the attention logits, from x (B, T, C): (sharpness (H,), log_decay (B, H, T), key_bias
+        (B, Hkv, T)); 1.0, None and None where they are off."""
         sharpness, log_decay, key_bias = 1.0, None, None
         if self.config.learn_temperature:
             sharpness = self.log_sharpness.exp()
@@ -296,7 +297,7 @@ class Attention(nn.Module):
         return sharpness, log_decay, key_bias
 
     def local(self, qk, v, sharpness, log_decay, key_bias, cache):
-        """What the local heads, the first ones, give, (B, H, T, D), and the other heads' part of each argument."""
+        """(output (B, local_heads, T, D) of the local heads, which come first; then the other heads' part of each argument but cache)."""
         n, m, window = self.config.local_heads, self.config.local_kv_heads, self.config.local_window
         split = lambda x, count, dim: x.tensor_split([count], dim) if torch.is_tensor(x) else (x, x)
         parts = split(qk, m, 3), split(v, m, 1), split(sharpness, n, 0), split(log_decay, n, 1), split(key_bias, m, 1)
@@ -362,8 +363,8 @@ def softcapped(z, softcap):
 
 class Tauformer(nn.Module):
     def __init__(self, config, laplacian):
-        """laplacian: (F, F) tensor, F the head size or n_embd; None for attention = "dot", which uses none.
-        Raises UserError if F fits neither."""
+        """laplacian: (F, F) tensor, F the head size or n_embd; attention = "dot" ignores it.
+        Raises UserError if F is neither, or if attention = "tau" gets None."""
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
@@ -382,8 +383,8 @@ class Tauformer(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """As nanoGPT: every matrix normal with deviation 0.02, those that write to the residual stream (attention.out,
-        mlp.down) 0.02 / sqrt(2 n_layer)."""
+        """As in nanoGPT: every matrix is normal with standard deviation 0.02, or, if it writes to the residual stream
+        (attention.out, mlp.down), 0.02 / sqrt(2 n_layer)."""
         for name, weight in self.named_parameters():
             if weight.ndim == 2 and not name.endswith("taps"):
                 residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
@@ -395,10 +396,10 @@ class Tauformer(nn.Module):
         return [x.to(self.cos.device) for x in rotary_angles(self.config, start, stop)]
 
     def forward(self, idx, targets=None, cache=None, head=True):
-        """idx (B, T) int64 -> logits (B, T, V); with targets (B, T), the mean loss in nats, a scalar.
-        With a cache, idx are the tokens that follow those in it, and it takes them up. Without the head: what it would
-        read, (B, T, C).
-        Raises ValueError if the tokens are more than block_size, or with a cache more than its size."""
+        """idx (B, T) int64 -> logits (B, T, V) float32; with targets (B, T) int64, the mean cross-entropy in nats, a
+        float32 scalar; with head=False, the normed hidden states (B, T, C) that the head would read.
+        With a cache, idx continues the tokens in it and is added to it.
+        Raises ValueError for more tokens than block_size, or, with a cache, than its size."""
         start = cache.length if cache is not None else 0
         stop = start + idx.size(1)
         longest = cache.size if cache is not None else self.config.block_size
@@ -418,12 +419,12 @@ class Tauformer(nn.Module):
         return ChunkedLoss.apply(x.flatten(0, 1), self.head.weight, targets.flatten(), self.config.softcap, torch.is_grad_enabled())
 
     def logits(self, x):
-        """(..., V) float32 of what forward() gives without the head, (..., C)."""
+        """Softcapped logits (..., V) float32 of hidden states x (..., C), which forward(head=False) returns."""
         return softcapped(self.head(x).float(), self.config.softcap)
 
     @contextmanager
     def recording(self):
-        """Yields a list to which every forward pass inside, without dropout, appends a Seen for each block of tau attention."""
+        """Inside the block every forward pass, without dropout, appends a Seen per layer of tau attention to the yielded list."""
         seen, training = [], self.training
         self.eval()
         try:
@@ -439,13 +440,13 @@ class Tauformer(nn.Module):
         return sum(weight.numel() for weight in self.parameters())
 
     def flops_per_token(self):
-        """Floating-point operations of a training step, forward and backward, a token, by the usual count (PaLM 2022,
-        appendix B): 6 for each weight of a matrix product, and attention over the whole context."""
+        """Floating-point operations per token of a training step, forward and backward, by the usual count (PaLM 2022,
+        appendix B): 6 per weight of a matrix product, plus attention over the whole context."""
         config = self.config
         D, T = config.head_size, config.block_size
         weights = self.parameter_count() - self.embedding.weight.numel()
         if config.attention == "dot":
-            attention = 12 * config.n_head * D * T  # q.k and the sum of values
+            attention = 12 * config.n_head * D * T  # q.k and the weighted sum of values
         else:
             attention = 6 * config.n_head * D * T + 6 * (config.n_head + config.n_kv_head) * D * D
         return 6 * weights + config.n_layer * attention

@@ -5,8 +5,8 @@
     python plot.py data/python_docs/laplacian.parquet --out=laplacian.png
     python plot.py out/tau_30m results/published_30m --out=beside_the_published.png --max_loss=5
 
---idea=TEXT draws where the tokens of a text lie on the line of lambdas, in one head of a trained model, and how much each counts.
---bands draws, for one run and layer by layer, how the lambdas of the keys of each head spread over time."""
+--idea=TEXT draws where the tokens of a text lie on the line of lambdas, in one head of a trained model, and the softmax weight of each.
+--bands draws, for one run, how widely the lambdas of each head's keys spread over time, layer by layer."""
 
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ def read_metrics(folder):
 
 def draw_losses(axis, runs, key, label, max_loss):
     for number, (name, metrics) in enumerate(runs.items()):
-        lone = dict(marker="x", linestyle="none")  # of a run of which only some validations are known
+        lone = dict(marker="x", linestyle="none")  # for a run of which only some validations are known
         for split, style in (("train", dict(alpha=0.35, linewidth=1)), ("val", dict(marker=".") if metrics["train"] else lone)):
             points = [(record[key], record["loss"]) for record in metrics[split] if key in record]  # a published run has no seconds
             if points:
@@ -96,7 +96,7 @@ def draw_spectra(axis, L, heads):
 
 
 def draw_adjacency(axis, L):
-    order = torch.linalg.eigh(L)[1][:, 1].argsort()  # by the Fiedler vector: what is near in the graph stands together
+    order = torch.linalg.eigh(L)[1][:, 1].argsort()  # by the Fiedler vector: neighbours in the graph stand together
     weights = (L.diag().diag() - L)[order][:, order].numpy()
     image = axis.imshow(weights, cmap="magma", interpolation="nearest")
     axis.set(xlabel="feature, in Fiedler order", ylabel="feature, in Fiedler order", title="adjacency: edge weights")
@@ -113,7 +113,7 @@ def laplacian_panels(L, heads):
 
 
 def overview(sources, folders, max_loss, n_head):
-    """The panels of the usual figure, functions of an axis. n_head: into how many heads to divide a Laplacian's file."""
+    """The panels of the usual figure, functions of an axis. n_head: into how many heads to divide a Laplacian read from a file."""
     runs, L, heads = {str(folder): read_metrics(folder) for folder in folders}, None, []
     for source in sources:
         if L is None and source.suffix == ".parquet":
@@ -138,7 +138,7 @@ def overview(sources, folders, max_loss, n_head):
 
 @torch.no_grad()
 def idea(folder, text, layer, head):
-    """The panel of one head: where the last token's query and the keys of a text lie on the line of lambdas, and their weights."""
+    """The panel of one head: where the last token's query and all keys of a text lie on the line of lambdas, and the softmax weights."""
     path = checkpoint.find(folder)
     tensors, header = checkpoint.read(path)
     model, tokenizer = checkpoint.build_model(tensors, header, path), tokenizers.from_json(header["tokenizer"])
@@ -165,7 +165,7 @@ def idea(folder, text, layer, head):
 
 
 def draw_idea(axis, lambda_q, lambda_k, weights, temperature, names):
-    """lambda_k, weights: (T,); names: those of the tokens. The last one's query is lambda_q."""
+    """lambda_q: that of the last token's query; lambda_k, weights: (T,); names: of the T tokens."""
     line = torch.linspace(min(lambda_k.min(), lambda_q) - 0.02, max(lambda_k.max(), lambda_q) + 0.02, 500)
     axis.plot(line, (-(line - lambda_q).abs() / temperature).exp(), color="C1", label=f"exp(-|lambda_q - lambda_k| / {temperature:.3g})")
     axis.axvline(lambda_q, color="C1", linestyle=":", label=f'lambda_q of "{names[-1]}"')
@@ -178,7 +178,7 @@ def draw_idea(axis, lambda_q, lambda_k, weights, temperature, names):
 
 
 def draw(panels, out, width=5.5):
-    """The figure of some panels, functions of an axis."""
+    """Draw panels, functions of an axis, into one figure and write it to `out`."""
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(width * columns, 4.5 * rows), layout="constrained", squeeze=False)
@@ -195,11 +195,11 @@ def main():
     options = Parser(__doc__)
     options.add_argument("sources", nargs="+", type=Path, metavar="OUT_DIR_OR_LAPLACIAN")
     options.add_argument("--out", type=Path, help="(default: figure.png in the first OUT_DIR)")
-    options.add_argument("--bands", action="store_true", help="the energies of every layer and head instead (bands.png)")
+    options.add_argument("--bands", action="store_true", help="the keys' lambdas in every layer and head instead (bands.png)")
     options.add_argument("--idea", metavar="TEXT", help="one head instead: the text's tokens on the line of lambdas (idea.png)")
     options.add_argument("--layer", type=int, default=0, help="with --idea (default: %(default)s)")
     options.add_argument("--head", type=int, default=0, help="with --idea, counted without the local ones (default: %(default)s)")
-    options.add_argument("--n_head", type=int, help="of a Laplacian's file, also the spectra of a model's heads, n_embd being F")
+    options.add_argument("--n_head", type=int, help="of a Laplacian file: also the spectra of a model's heads, n_embd being F")
     options.add_argument("--max_loss", type=float, help="upper end of the losses' axis (default: the highest)")
     options.add_argument("--overwrite", action="store_true", help="replace a figure that is there already")
     args = options.parse_args()

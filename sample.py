@@ -29,7 +29,7 @@ BATCH = 64  # samples generated at a time
 
 
 class Text:
-    """The text of one sample, from its tokens: pieces of whole characters, each once, until one of `stops` would come."""
+    """The text of one sample from its tokens, in pieces of whole characters, up to the first of the texts `stops`."""
 
     def __init__(self, tokenizer, stops=()):
         self.tokenizer, self.stops = tokenizer, stops
@@ -37,7 +37,7 @@ class Text:
         self.held, self.stopped = "", False
 
     def add(self, token):
-        """What is new to be shown after this token. A text that may be the beginning of a stop is held back."""
+        """The text to show after this token. Text that may be the beginning of a stop is held back."""
         return self.released(self.decoder.decode(self.tokenizer.decode_bytes([token])), last=False)
 
     def end(self):
@@ -71,7 +71,7 @@ def read(name):
 
 
 def samples(args, model, tokenizer, prompts, session=None, show=None):
-    """The texts, num_samples of each prompt; `show` gets each piece of the first one's text as it comes, and of how many tokens."""
+    """The texts, num_samples per prompt. show(piece, tokens) gets each piece of the first text as it comes, and its number of tokens."""
     rows = [(prompt, args.seed + number) for prompt in prompts for number in range(args.num_samples)]
     texts, pieces = [Text(tokenizer, args.stop) for _ in rows], [[] for _ in rows]
     stop = {tokenizer.end_token} if args.stop and tokenizer.end_token is not None else ()
@@ -104,7 +104,7 @@ def samples(args, model, tokenizer, prompts, session=None, show=None):
 
 
 def interactive(args, model, tokenizer):
-    """Ask for prompts until the end of input; Ctrl-C ends a sample, and at the question the program."""
+    """Ask for prompts until the end of input. Ctrl-C ends a sample; while a prompt is asked for, it ends the program."""
     sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     while True:
         print("\n> ", end="", file=sys.stderr, flush=True)
@@ -124,7 +124,7 @@ def interactive(args, model, tokenizer):
             samples(args, model, tokenizer, [prompt_tokens(line.rstrip("\n"), tokenizer)], show=show)
         except KeyboardInterrupt:
             pass
-        except UserError as error:  # a character that the tokenizer does not know
+        except UserError as error:  # a character that the tokenizer does not have
             print(error, file=sys.stderr)
             continue
         seconds = time.perf_counter() - begin
@@ -134,8 +134,9 @@ def interactive(args, model, tokenizer):
 
 @torch.no_grad()
 def score(model, tokens, cache_name):
-    """The mean loss, nats a token, of tokens 1 .. of a list: each from all before it with cache "stream", else from those
-    before it in its window of block_size tokens. Beside the tokens, memory does not grow with the text."""
+    """The mean loss, in nats per token, of all tokens of a list but the first: each is predicted from all before it with
+    cache "stream", else from those before it in its window of block_size tokens. Apart from the tokens themselves, memory
+    does not grow with the text."""
     device, total = model.head.weight.device, 0.0
     endless = cache_name == "stream"
     window = len(tokens) if endless else model.config.block_size
@@ -149,7 +150,7 @@ def score(model, tokens, cache_name):
 
 
 def arguments():
-    """The command line. Raises UserError for values that make no sense, alone or together."""
+    """The command line. Raises UserError for values that are invalid, alone or together."""
     options = Parser(__doc__)
     options.add_argument("out_dir", metavar="OUT_DIR", help="output folder of train.py; its best checkpoint is taken")
     options.add_argument("--prompt", help="text to go on from (default: the beginning of a document)")
@@ -207,7 +208,7 @@ def arguments():
     if args.session and (args.cache != "stream" or args.num_samples > 1 or args.prompts or args.interactive or args.score):
         raise UserError("--session goes with --cache=stream, one prompt and one sample")
     if args.session and not os.access(folder := args.session.absolute().parent, os.W_OK):
-        raise UserError(f"--session={args.session}: {'no writing to' if folder.exists() else 'there is no'} {folder}")
+        raise UserError(f"--session={args.session}: {'cannot write to' if folder.exists() else 'there is no'} {folder}")
     if args.interactive and args.num_samples > 1:
         raise UserError("--interactive shows one sample of each prompt: leave --num_samples out")
     return args

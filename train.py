@@ -3,9 +3,9 @@
     python train.py configs/quickstart.toml --learning_rate=1e-3
     torchrun --nproc_per_node=8 train.py configs/tau_30m.toml
 
-Writes metrics.jsonl, diagnostics.jsonl, checkpoints to resume from and best.safetensors to out/NAME, NAME being the
-config's. SIGTERM and SIGINT (Ctrl-C) finish the step, save and end, another one, a second later, ends at once; SIGUSR1
-saves."""
+Writes metrics.jsonl, diagnostics.jsonl, checkpoints to resume from and best.safetensors to out/NAME, where NAME is the
+config's. On SIGTERM or SIGINT (Ctrl-C) it finishes the step, saves and ends; on another one, over a second later, it ends
+at once. On SIGUSR1 it saves."""
 
 import math
 import os
@@ -25,8 +25,8 @@ from training.log import Log, profiled
 from training.processes import no_sync, summed, whole
 from training.start import only_looks, start
 
-LOWEST_SCALE = 0.03125  # of the plateau rule: 5 halvings, the published run's last
-MEMORY = 0.98  # of the running mean of the losses, a step: that of 50 steps
+LOWEST_SCALE = 0.03125  # lowest factor of the plateau rule: 5 halvings, the published run's last
+MEMORY = 0.98  # share of the losses' running mean that is kept per step: about the mean of 50 steps
 
 
 def main():
@@ -85,8 +85,8 @@ def train(run, asked):
 
 
 def training_step(run, asked):
-    """One step: (loss, norm of the gradient, whether to stop, whether to save), the last two as signals to any process asked. The
-    update is made unless the step is bad."""
+    """One optimiser step, whose update is left out if it is bad. Returns (loss, gradient norm, stop, save); the last two are above 0
+    if a signal to any process has asked for it."""
     settings, state, step = run.settings, run.state, run.state.step
     optim.set_learning_rate(run.optimizer, optim.learning_rate(settings, step, state.lr_scale))
     weights = list(run.raw_model.parameters())
@@ -96,11 +96,11 @@ def training_step(run, asked):
         idx, targets = run.ahead.pop((step, micro), None) or batch_of(run, step, micro)
         with no_sync(run.model) if micro != run.micro_batches[-1] else nullcontext():
             with run.autocast():
-                loss = run.model(idx, targets) / len(run.micro_batches)  # the processes' gradients are averaged
+                loss = run.model(idx, targets) / len(run.micro_batches)  # gradients are then averaged over the processes
             loss.backward()
         total += loss.detach()
     first = run.micro_batches[0]
-    run.ahead[step + 1, first] = batch_of(run, step + 1, first)  # while a GPU still computes
+    run.ahead[step + 1, first] = batch_of(run, step + 1, first)  # while the GPU still computes
     grad_norm = whole(torch.nn.utils.clip_grad_norm_(weights, settings.grad_clip or math.inf)).item()
     loss, to_stop, to_save = summed([total.item() / WORLD, asked.stop, asked.save], run.device)
     asked.save = False
@@ -116,8 +116,8 @@ def training_step(run, asked):
 
 
 def is_good(run, loss, grad_norm):
-    """Whether a step's update is to be made; the running mean of the losses and the counts of bad steps are brought up to date.
-    Ends the run at one bad step too many."""
+    """Whether to make a step's update. Updates the running mean of the losses and the counts of bad steps, and ends the run at one
+    bad step too many."""
     settings, state = run.settings, run.state
     average = loss if state.loss_average is None else state.loss_average
     if math.isfinite(loss + grad_norm) and not (settings.spike and loss > average + settings.spike):
@@ -131,7 +131,7 @@ def is_good(run, loss, grad_norm):
 
 
 def evaluate(run, log):
-    """Validate, log, keep the best; then the plateau rule, and the one of tau_mode = "gradient"."""
+    """Validate, log and save the best; then the plateau rule, and that of tau_mode = "gradient". Ends the run if it diverged."""
     settings, state = run.settings, run.state
     record = validation_record(run)
     if not math.isfinite(record["loss"]):
@@ -157,7 +157,7 @@ def move_tau(run, move):
 
 
 def save(run, log):
-    """A checkpoint to resume from; of the older ones, keep_last - 1 stay."""
+    """Write a checkpoint to resume from, and delete all but the newest keep_last."""
     tensors = checkpoint.snapshot(run.raw_model, run.optimizer if run.state.step else None, run.ema)
     write_checkpoint(run, log, checkpoint.step_path(run.out_dir, run.state.step), tensors)
     if log.master:
@@ -171,7 +171,7 @@ def write_checkpoint(run, log, path, tensors):
     bad = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
     if bad:
         fail(run, f"{bad} at step {run.state.step} is not finite")
-    for file in run.logs:  # what the checkpoint counts on is on the disk before it
+    for file in run.logs:  # the logs that belong to the checkpoint are on disk before it
         if file.exists():
             with open(file, "r+b") as opened:
                 os.fsync(opened.fileno())
@@ -190,7 +190,7 @@ def fail(run, what):
 
 
 def evaluate_only(run):
-    """Print the loss of a trained model; with another Laplacian than its own also after tau has been measured on that one's energies."""
+    """Print the validation loss of a trained model; with another Laplacian, also with tau measured on the energies of that one."""
     swapped = run.raw_model.config.attention == "tau" and "laplacian" in run.given
     record = validation_record(run)
     if RANK == 0:
@@ -203,7 +203,7 @@ def evaluate_only(run):
 
 
 def dry_run(run, asked):
-    """Print what the run would take, by counting and by three steps."""
+    """Print the memory and time that the run would take, by counting and measured on three steps."""
     settings, model = run.settings, run.raw_model
     with run.autocast():
         sequence = memory.kept_a_sequence(model, *(x[:1] for x in batch_of(run, run.state.step, run.micro_batches[0])))

@@ -1,4 +1,4 @@
-"""What the fast ways cost in accuracy: 200 steps by every implementation, and lambda in bfloat16."""
+"""What the fast implementations cost in accuracy: 200 steps by each of them, and lambda in bfloat16."""
 
 import functools
 import json
@@ -77,7 +77,7 @@ def rounded(x):
 
 
 def round_lambdas(attention):
-    """What energies are made of, energies and lambdas are rounded to bfloat16; sums are float32, as in a matrix product of bfloat16."""
+    """Round the inputs of the energies, the energies and the lambdas to bfloat16; sums stay float32, as in a bfloat16 matrix product."""
     energies, lambdas = attention.energies, attention.lambdas
     attention.energies = lambda qk, laplacian, cache: rounded(energies(rounded(qk), rounded(laplacian), cache))
     attention.lambdas = lambda E: rounded(lambdas(E))

@@ -17,13 +17,13 @@ from ops.attention import tau_attention
 
 SDPA = {"sdpa": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 LONGEST = {
-    "cpu": {"sdpa": 65536, "naive": 4096, "tree": 65536, "walk": 65536},  # dense weights no longer fit beyond
+    "cpu": {"sdpa": 65536, "naive": 4096, "tree": 65536, "walk": 65536},  # beyond 4,096 dense weights no longer fit
     "cuda": {"sdpa": 65536, "cudnn": 65536, "naive": 2048, "tree": 65536, "triton": 65536},
 }
 
 
 def operator(impl, B, T, device):
-    """(forward, forward and backward): functions without arguments, on random inputs; queries, keys and values on a GPU in bfloat16."""
+    """(forward, forward and backward): functions without arguments, on random inputs; on a GPU q, k and v are bfloat16."""
     generator = torch.Generator().manual_seed(0)
     q, k, v, grad = (
         torch.randn(4, B, HEADS, T, HEAD_SIZE, generator=generator)
@@ -51,7 +51,7 @@ def operator(impl, B, T, device):
     return forward, both
 
 
-calls = None  # of the operator that a process of its own measures
+calls = None  # (forward, forward and backward) of the operator that this process measures
 
 
 def begin(impl, B, T, threads):
@@ -67,7 +67,7 @@ def begin(impl, B, T, threads):
 
 
 def seconds(which):
-    """Of one call; of a short one the second, which finds threads awake and the processor's cache its own."""
+    """Wall-clock seconds of one call; of a short one, of the second call, which finds the threads awake and the caches warm."""
     for _ in range(2):
         start = time.perf_counter()
         calls[which]()
@@ -78,7 +78,7 @@ def seconds(which):
 
 
 def cuda_seconds(call):
-    """(of one call, all that the processor does for it included; of the GPU alone, which is kept waiting until all its work is there)."""
+    """(wall-clock seconds of one call, with the launches; those of the GPU alone, which is kept waiting until all work is queued)."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     call()
@@ -137,7 +137,7 @@ def bench_attention_cuda(args):
 
 
 def bench_attention(args):
-    """Every operator in a process of its own, so that it does not meet memory that another has just given back."""
+    """Time every operator in a process of its own, so that it does not reuse memory that another has just freed."""
     if args.device == "cuda":
         return bench_attention_cuda(args)
     rows, name, longest_of = [], "attention", LONGEST["cpu"]

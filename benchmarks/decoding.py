@@ -34,7 +34,7 @@ def published_model(attention):
 
 @torch.no_grad()
 def stream_process_mb(contexts):
-    """{tokens: MB that this process holds after so many of them have gone through the model, 1,024 at a time, and one alone}."""
+    """{tokens: resident MB of this process after so many tokens have gone through the model, of every 1,024 the last one alone}."""
     model, found = published_model("tau"), {}
     cache, generator = StreamCache(model.config), torch.Generator().manual_seed(0)
     for length in tqdm(range(1024, max(contexts) + 1, 1024), desc="stream's memory", disable=None):
@@ -46,8 +46,8 @@ def stream_process_mb(contexts):
 
 
 def bench_decode(args):
-    """One token at a time from each kind of cache in turn: after 1 to 1,024 tokens of its own, the paper's table, and after long
-    contexts. Weights are random."""
+    """One token at a time from each kind of cache in turn: after 1 to 1,024 tokens that it generated itself, as in the paper's table,
+    and after long contexts. Weights are random."""
     models = {attention: published_model(attention) for attention in ("tau", "dot")}
     kinds = {
         "dot, (K, V)": ("dot", Cache),
@@ -58,7 +58,7 @@ def bench_decode(args):
     token = torch.zeros(1, 1, dtype=torch.long)
 
     def measured(contexts, tokens):
-        """{(tokens before, kind): (seconds of each of so many tokens, bytes of the cache at the end)}, one token of each in turn."""
+        """{(tokens before, kind): (seconds of each of `tokens` tokens, bytes of the cache at the end)}, one token of each in turn."""
         caches = {
             (n, kind): filled(models[attention], make(models[attention].config, n + tokens), n)
             for n in contexts
@@ -108,7 +108,7 @@ def bench_decode(args):
 
 
 def filled(model, cache, n):
-    """The cache after n tokens whose keys and values are random: that of real ones would take hours to make for dot."""
+    """The cache after n tokens with random keys and values: computing real ones would take hours for dot."""
     config, generator = model.config, torch.Generator().manual_seed(0)
     numbers = lambda *shape: torch.randn(1, config.n_head, n, *shape, generator=generator)
     for layer in range(config.n_layer):
@@ -137,8 +137,8 @@ def draw_decode(rows):
 
 @torch.no_grad()
 def bench_context(args):
-    """Loss of trained models on at least 50,000 tokens of validation text, in windows 8 times as long as those they were trained on, and by
-    the position in the window, with each cache."""
+    """Loss of trained models on at least 50,000 tokens of validation text, in windows 8 times as long as those they were trained on,
+    by the position in the window and by cache."""
     if not args.runs or not args.data_dir:
         raise UserError("context: name trained models with --runs OUT_DIR ..., and their text with --data_dir")
     corpus, rows = Corpus(args.data_dir), []

@@ -1,4 +1,4 @@
-"""What the GPU kernels take of registers and shared memory; needs no GPU."""
+"""The registers and shared memory that the GPU kernels take; needs no GPU."""
 
 import multiprocessing
 import os
@@ -12,11 +12,11 @@ from tqdm import tqdm
 from benchmarks.report import write
 from common import UserError
 
-SHARED_KB = {80: 163, 90: 227}  # that a block of threads may have, by compute capability
+SHARED_KB = {80: 163, 90: 227}  # available to a block of threads, by compute capability
 
 
 def kernel_resources(what):
-    """What ptxas says of a kernel: its name in attention_triton, tile, width of a head, type of the values, whether with decay and
+    """What ptxas says of a kernel. what: its name in attention_triton, tile, head size, dtype of the values, whether with decay and
     bias, whether of the backward pass, compute capability."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -98,7 +98,7 @@ def kernel_resources(what):
 
 
 def bench_triton(args):
-    """Compile every kernel with every tile that autotuning may take, ahead of time. Ends with an error where one does not fit."""
+    """Compile every kernel with every tile that autotuning may choose, ahead of time. Raises UserError if one does not fit."""
     try:
         from ops.attention_triton import KEYS_BLOCK, LEVEL_TILE, QUERIES_BLOCK, TILES
     except ImportError as error:

@@ -54,7 +54,7 @@ def measured_arrowspace(embeddings, laplacian):
 
 def bench_laplacian(args):
     """The build of a Laplacian from 2,000 to 320,272 rows of 384 features, float32: those of --embeddings, repeated as
-    often as it takes, or random ones. Beside it, where it is installed, the arrowspace package."""
+    often as needed, or random ones. Beside it, if it is installed, the arrowspace package."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         files = {count: Path(folder) / f"{count}.npy" for count in EMBEDDED}

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a process of its own, a table, a file."""
+"""What the benchmarks share: a process of their own, tables, files."""
 
 import json
 import multiprocessing
@@ -11,7 +11,7 @@ from common import ROOT, commit, replacing
 
 HEADS, HEAD_SIZE = 6, 64
 LAYERS, WIDTH, VOCABULARY = 6, 384, 30522  # configs/tau_30m.toml
-TOKENS = {"cpu": 4096, "cuda": 32768}  # of a batch, where one sequence has not more
+TOKENS = {"cpu": 4096, "cuda": 32768}  # per batch, unless one sequence has more
 
 
 def place(name):
@@ -20,13 +20,13 @@ def place(name):
 
 
 def in_own_process(function, *args):
-    """So that it does not inherit the memory of what ran before."""
+    """function(*args) in a fresh process, which does not inherit the memory of what ran before."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, args)
 
 
 def resident_mb():
-    """What this process holds in memory, in MB, without mapped files; Linux only."""
+    """Resident memory of this process in MB, without mapped files; Linux only."""
     return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 2**10
 
 

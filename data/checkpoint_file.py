@@ -1,6 +1,6 @@
-"""A file of tensors: one reader and writer. Tensors and, in the header, JSON and "sha256", the hash of the file with that hash's
-digits as zeros. A run's checkpoints are such files (training/checkpoint.py says what they hold), and so are the sessions of
-sample.py."""
+"""The one reader and writer of a file of tensors (safetensors), whose header holds JSON and "sha256", the hash of the file with the
+digits of that hash set to zero. A run's checkpoints are such files (training/checkpoint.py says what they hold), and so are the
+sessions of sample.py."""
 
 import errno
 import hashlib
@@ -16,14 +16,14 @@ DIGITS = 64  # of the hash
 
 
 def save(path, tensors, header):
-    """Write tensors and a header of dicts, what JSON can hold, and the hash of both."""
-    from safetensors import SafetensorError  # here, because they bring torch, which most readers of a corpus do without
+    """Write tensors {name: tensor}, a header {name: dict that JSON can hold}, and the hash of both, whole or not at all."""
+    from safetensors import SafetensorError  # here, because it brings torch, which most readers of a corpus do without
     from safetensors.torch import save_file
 
     with replacing(path) as temporary:
         try:
             save_file(tensors, temporary, {key: json.dumps(value) for key, value in header.items()} | {"sha256": "0" * DIGITS})
-        except SafetensorError as error:  # its name for what the system says
+        except SafetensorError as error:  # its form of the system's error
             number = re.search(r"os error (\d+)", str(error))
             raise OSError(int(number[1]) if number else errno.EIO, f"{path} could not be written: {error}") from None
         with open(temporary, "r+b") as file:
@@ -33,7 +33,7 @@ def save(path, tensors, header):
 
 
 def hashed(file):
-    """(where the digits of the hash stand in an open file, what they should be). Raises ValueError if there are none."""
+    """(offset of the hash's digits in an open file, what they should be). Raises ValueError if there are none."""
     file.seek(0)
     start = file.read(8)
     start += file.read(min(int.from_bytes(start, "little"), os.fstat(file.fileno()).st_size))
@@ -45,8 +45,8 @@ def hashed(file):
 
 
 def load(path, names, kind):
-    """(tensors, header) of a file that save() wrote: the dicts of these names, and "sha256". Runs no code of the file. Raises
-    FileNotFoundError, and UserError if it is damaged."""
+    """(tensors, header) of a file that save() wrote; the header has the dicts called `names`, and "sha256". Runs no code from the
+    file. Raises FileNotFoundError, or UserError if it is damaged or no `kind`."""
     from safetensors import SafetensorError, safe_open
 
     if not os.path.exists(path):
@@ -67,7 +67,7 @@ def load(path, names, kind):
 
 
 def find(out_dir):
-    """The path of the best checkpoint of a run, of its last if there is no best yet. Raises UserError if none."""
+    """The path of a run's best checkpoint, or of its newest if there is no best yet. Raises UserError if there is none."""
     for path in [Path(out_dir) / "best.safetensors", *steps(out_dir)]:
         if path.exists():
             return path

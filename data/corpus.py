@@ -24,7 +24,7 @@ from data import tokenizer as tokenizers
 FILES = ("meta.json", "tokenizer.json", "train.bin", "val.bin")
 COMPRESSED = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ\0": lzma}
 ZSTD = b"\x28\xb5\x2f\xfd"
-BATCH_BYTES = 1 << 22  # text tokenised at a time
+BATCH_BYTES = 1 << 22  # characters of text tokenised at a time
 COUNT_TOKENS = 1 << 24  # tokens counted at a time
 BASELINE_TOKENS = 10_000_000  # validation tokens on which the baselines are measured, at most
 
@@ -51,10 +51,10 @@ def prepare(texts, source, args, one_document=False):
     """Tokenise a corpus into args.out_dir.
 
     texts: a function that starts a new iterator over the documents, each a str; it is called three times at most.
-    source: what meta.json says of where they come from.
-    one_document: the corpus is one running text: no end token, and the last val_fraction of it is validation.
-    Otherwise a document is validation if a hash of its text says so, wherever it stands; if none does, the one with
-    the lowest hash is.
+    source: where they come from, for meta.json.
+    one_document: the corpus is one running text: no end token, and its last val_fraction is for validation. Otherwise
+    the hash of a document's text decides whether it is for validation, wherever it stands; the one with the lowest hash
+    always is.
 
     Raises UserError for an empty corpus or a bad option. Memory does not grow with the corpus.
     """
@@ -69,7 +69,7 @@ def prepare(texts, source, args, one_document=False):
 
 
 def prepare_records(records, source, args):
-    """prepare() of the records {"text": [id, title, body]} that an iterator gives, and documents.jsonl beside it."""
+    """prepare() the records {"text": [id, title, body]} of an iterator, and write them to documents.jsonl."""
     refuse_existing(args.out_dir / "documents.jsonl", args.overwrite)
     with output_folder(args.out_dir), replacing(args.out_dir / "documents.jsonl") as file:
         with open(file, "w", encoding="utf-8", errors="replace") as lines:
@@ -79,7 +79,7 @@ def prepare_records(records, source, args):
 
 
 def survey(texts):
-    """(sha256 of a corpus, as meta.json has it, number of its documents, the lowest of their hashes) of an iterator over them."""
+    """(sha256 of a corpus, as in meta.json; number of its documents; the lowest of their hashes) from an iterator over them."""
     sha256, documents, lowest = hashlib.sha256(), 0, 2**64
     for text in tqdm(texts, desc="reading", unit=" documents", disable=None):
         digest = hashlib.sha256(text.encode())
@@ -121,7 +121,7 @@ def _prepare(texts, source, args, one_document):
     dtype = np.dtype("uint16" if tokenizer.vocab_size <= 65536 else "uint32")
     counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in ("train", "val")}
     end = [] if one_document else [tokenizer.end_token]
-    with ExitStack() as stack:  # leaves in reverse order: meta.json is renamed last, so it vouches for the rest
+    with ExitStack() as stack:  # left in reverse order: meta.json is renamed last, so it vouches for the rest
         paths = {name: stack.enter_context(replacing(args.out_dir / name)) for name in FILES}
         files = {split: stack.enter_context(open(paths[f"{split}.bin"], "wb")) for split in counts}
         progress = stack.enter_context(tqdm(total=documents, desc="tokenising", unit=" documents", disable=None))
@@ -181,7 +181,7 @@ def _batches(pieces):
 
 
 def unigram_and_bigram_loss(train, val, vocab_size):
-    """Mean negative log likelihood, in nats a token, of val under two models counted on train.
+    """Mean negative log likelihood, in nats per token, of val under two models counted on train.
 
     unigram: p(b) = (n_b + 1) / (n + V). bigram, interpolated with it: p(b|a) = (n_ab + k p(b)) / (n_a + k)
     (a Dirichlet prior: MacKay & Peto 1995), with the k of 1, 2, 4, ... 4,096 that serves the validation text best.
@@ -205,7 +205,7 @@ def unigram_and_bigram_loss(train, val, vocab_size):
 
 class Corpus:
     """A prepared corpus, opened for reading: train and val are memory-mapped arrays of token numbers, meta is
-    meta.json, tokenizer what turns tokens into text. Raises UserError if the folder is none or is damaged."""
+    meta.json, tokenizer turns tokens into text. Raises UserError if the folder is no corpus or is damaged."""
 
     def __init__(self, data_dir):
         self.folder = Path(data_dir)
@@ -254,7 +254,7 @@ class Corpus:
             yield text(len(tokens))
 
     def batch(self, starts, length, split):
-        """int64 (len(starts), length + 1): the windows of a split that begin at starts."""
+        """int64 (len(starts), length + 1): the windows of a split that begin at starts. Raises UserError for an unknown token."""
         tokens = getattr(self, split)
         windows = np.stack([tokens[start : start + length + 1] for start in starts]).astype(np.int64)
         if windows.max() >= self.vocab_size:
@@ -265,12 +265,12 @@ class Corpus:
         return windows
 
     def bits_per_byte(self, loss):
-        """Of a validation loss in nats a token."""
+        """Bits per byte of a validation loss in nats per token."""
         return loss / math.log(2) * self.meta["val"]["tokens"] / self.meta["val"]["bytes"]
 
 
 def record_text(record):
-    """The document of a record {"text": "..."} or {"text": [id, title, body]}: its parts, a line each.
+    """The document of a record {"text": "..."} or {"text": [id, title, body]}: its parts, one per line.
     Raises ValueError for anything else."""
     text = record["text"] if isinstance(record, dict) and "text" in record else None
     if isinstance(text, list) and all(isinstance(part, str) for part in text):
@@ -282,8 +282,8 @@ def record_text(record):
 
 @contextmanager
 def opened(path):
-    """A file of bytes to read; of one that is compressed (gzip, bzip2, xz, zstd), by its first bytes, what it holds. Raises
-    UserError for what cannot be read more than once, and inside the block where the compressed data is damaged."""
+    """Yield a file to read bytes from; one that is compressed (gzip, bzip2, xz, zstd), by its first bytes, is decompressed. Raises
+    UserError if `path` is no regular file, since it is read more than once, and inside the block for damaged compressed data."""
     if not Path(path).is_file():
         raise UserError(f"{path} is not a file" if Path(path).exists() else f"{path} does not exist")
     with open(path, "rb") as file:
@@ -299,14 +299,14 @@ def opened(path):
         with file:
             yield file
     except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
-        if getattr(error, "errno", None) is not None:  # the system's
+        if getattr(error, "errno", None) is not None:  # an error of the system's
             raise
         raise UserError(f"{path} is damaged: {error}") from None
 
 
 def read_jsonl(paths):
-    """The documents of JSONL files, compressed or not, empty ones left out. Raises UserError with file and line of a broken
-    record, and for what opened() cannot read."""
+    """Yield the documents of JSONL files, compressed or not; empty ones are left out. Raises UserError with file and line for a
+    broken record, and for what opened() cannot read."""
     for path in paths:
         with opened(path) as file:
             for number, line in enumerate(file, 1):
@@ -321,7 +321,7 @@ def read_jsonl(paths):
 
 
 def read_text(path):
-    """The text of a UTF-8 file."""
+    """The text of a UTF-8 file. Raises UserError if it is not one."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -329,7 +329,7 @@ def read_text(path):
 
 
 def hub_dataset(name, revision):
-    """The splits of a data set of the Hugging Face hub, through its cache."""
+    """The splits of a data set of the Hugging Face hub, through its cache. Raises UserError if it cannot be loaded."""
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are not the user's concern
     import datasets
 

@@ -2,8 +2,8 @@
 token_embeddings.npy (V, F), one for each token of its vocabulary (embedding_init = "domain" starts from it).
 
 lsa, the default, is latent semantic analysis (Deerwester et al. 1990): TF-IDF of the documents' words, the F largest
-singular directions, turned so that each stands for few words (varimax), rows of unit length. It needs no download.
-The turn changes no distance between documents, but a graph of features needs it: as the SVD leaves them, any two
+singular directions, rotated so that each stands for few words (varimax), rows of unit length. It needs no download.
+The rotation changes no distance between documents, but a graph of features needs it: as the SVD leaves them, any two
 feature columns are orthogonal, and no feature has neighbours. lsa.npz keeps the words and their vectors, for other texts.
 Any other --model is a sentence-transformers model, by name or by path; all-MiniLM-L6-v2 is the published run's."""
 
@@ -21,8 +21,9 @@ from data.corpus import Corpus
 
 
 def lsa(texts, dim, seed):
-    """((N, dim) float32, words, idf (W,), vectors (W, dim)): the documents' embeddings, rows of unit length (a document
-    without any word that others have too is a row of zeros), and what lsa_embeddings() needs to make others'."""
+    """((N, dim) float32, words, idf (W,), vectors (W, dim)): the documents' embeddings, rows of unit length (of zeros for a
+    document that shares no word with another), and what lsa_embeddings() needs to embed other texts. Raises UserError for
+    a corpus that is too small."""
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.preprocessing import normalize
@@ -30,9 +31,9 @@ def lsa(texts, dim, seed):
     vectorizer = TfidfVectorizer(sublinear_tf=True, min_df=2, max_features=50_000)
     try:
         tfidf = vectorizer.fit_transform(texts)
-    except UserError:  # of a damaged corpus; a ValueError too
+    except UserError:  # a damaged corpus; UserError is a ValueError too
         raise
-    except ValueError:  # no word stands in two documents
+    except ValueError:  # no word occurs in two documents
         raise UserError("no word occurs in two documents: the corpus is too small for --model=lsa") from None
     if dim >= min(tfidf.shape):
         raise UserError(
@@ -51,8 +52,8 @@ def lsa(texts, dim, seed):
 
 
 def lsa_embeddings(texts, path):
-    """(N, F) float32 of other texts, by the lsa.npz of a corpus: rows of unit length, or of zeros for a text without any of
-    its words."""
+    """Embeddings (N, F) float32 of other texts by the lsa.npz of a corpus: rows of unit length, or of zeros for a text without
+    any of its words. Raises UserError if the file is damaged."""
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.preprocessing import normalize
 
@@ -69,8 +70,8 @@ def lsa_embeddings(texts, path):
 
 
 def lsa_token_embeddings(tokenizer, words, idf, vectors):
-    """(V, F) float32: for each token the mean vector of the words that it is a part of, each as often as there are documents
-    with it; rows of zeros for tokens that stand in no word."""
+    """(V, F) float32: for each token the mean vector of the words that it is part of, weighted by how many documents have the
+    word; rows of zeros for tokens that are in no word."""
     from scipy.sparse import csr_array
 
     tokens, parts = [], []
@@ -79,7 +80,7 @@ def lsa_token_embeddings(tokenizer, words, idf, vectors):
             try:
                 tokens += (ids := tokenizer.encode(form))
                 parts += [number] * len(ids)
-            except UserError:  # a character that the vocabulary has not
+            except UserError:  # a character that is not in the vocabulary
                 pass
     weights = csr_array((np.exp(-idf)[parts], (tokens, parts)), shape=(tokenizer.vocab_size, len(words)))
     return (weights @ vectors / np.maximum(weights.sum(1), 1e-12)[:, None]).astype(np.float32)
@@ -97,7 +98,7 @@ def varimax(loadings):
 
 
 def sentence_model(texts, name, dim=None):
-    """(N, F) float32 of unit length, F the model's own."""
+    """(N, F) float32, rows of unit length, by a sentence-transformers model, whose own F a given dim must equal. Raises UserError."""
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are not the user's concern
     try:
         from sentence_transformers import SentenceTransformer
@@ -159,7 +160,7 @@ def main():
         embeddings, strings = sentence_model(texts, args.model, args.dim), token_strings(corpus.tokenizer)
         tokens = sentence_model(strings, args.model)
         tokens[[not string for string in strings]] = 0
-        (args.data_dir / "lsa.npz").unlink(missing_ok=True)  # of other features
+        (args.data_dir / "lsa.npz").unlink(missing_ok=True)  # it belongs to other features
     write("token_embeddings.npy", np.save, tokens)
     write("embeddings.npy", np.save, embeddings)
     print(f"{args.data_dir / 'embeddings.npy'}: {embeddings.shape[0]:,} documents, {embeddings.shape[1]} features")

@@ -1,4 +1,4 @@
-"""The command of studies/energy.py, where it has always been."""
+"""Runs studies/energy.py from the path where it used to be."""
 
 import runpy
 from pathlib import Path

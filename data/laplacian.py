@@ -1,4 +1,4 @@
-"""A Laplacian's file: its one reader and writer, and what a matrix must be to be a Laplacian."""
+"""The one reader and writer of a Laplacian's file, and the check that a matrix is a Laplacian."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ COLUMNS = {
 
 
 def laplacian_of(weights):
-    """L = Deg - W."""
+    """L = Deg - W of the weights W (F, F)."""
     return np.diag(weights.sum(1)) - weights
 
 
@@ -34,8 +34,8 @@ def components(edges):
 
 
 def check_laplacian(L, what):
-    """Raise UserError unless L is a Laplacian of a connected graph: finite, symmetric, rows that sum to 0, positive
-    semi-definite, its second eigenvalue above 0. Bounds are relative to the largest entry, for float32 files."""
+    """Raise UserError unless L is the Laplacian of a connected graph: finite, symmetric, rows that sum to 0, positive
+    semi-definite. Tolerances are relative to the largest entry and allow for float32 files. what: L's name in messages."""
     if not np.isfinite(L).all():
         raise UserError(f"{what} holds NaN or infinity: build it again")
     bound = 1e-6 * max(np.abs(L).max(), np.finfo(float).tiny)
@@ -71,7 +71,7 @@ def save_laplacian(path, L, settings):
 
 def load_laplacian(path):
     """The dense Laplacian (F, F) float64 of a parquet file written by save_laplacian or by the author's tool.
-    Raises FileNotFoundError, and UserError if the file is damaged or its matrix is no connected graph's Laplacian."""
+    Raises FileNotFoundError, or UserError if the file is damaged or its matrix is not the Laplacian of a connected graph."""
     try:
         table = pyarrow.parquet.read_table(path)
     except FileNotFoundError:
@@ -99,7 +99,7 @@ def load_laplacian(path):
     if max(row.max(), col.max()) >= F:
         raise UserError(f"{path} is damaged: it has an entry at ({row.max()}, {col.max()}), past its {F} rows")
     if len(np.unique(row * np.uint64(F) + col)) != len(row):
-        raise UserError(f"{path} is damaged: an entry stands there twice: build it again")
+        raise UserError(f"{path} is damaged: it has an entry twice: build it again")
     L = np.zeros((F, F))
     L[row, col] = value
     check_laplacian(L, path)

@@ -1,10 +1,10 @@
-"""Text <-> tokens. Two kinds, each one plain JSON object that is all it takes to decode:
+"""Text <-> tokens. Two kinds, each described by one plain JSON object, which is all that decoding needs:
 
     {"kind": "bpe", "pattern": regex, "tokens": [...], "end_token": id}     byte-level BPE, run by tiktoken
-    {"kind": "char", "tokens": [...], "end_token": id or null}              one token a character
+    {"kind": "char", "tokens": [...], "end_token": id or null}              one token per character
 
-In "bpe" a token's bytes are written as the Latin-1 characters of the same numbers; the list's order is the merge
-order, null a number that the vocabulary leaves out. The end token closes every document; a corpus that is one running
+In "bpe" a token's bytes are written as the Latin-1 characters of the same numbers; the list is in the order of the merges,
+with null for a number that the vocabulary leaves out. The end token closes every document; a corpus that is one running
 text of characters has none.
 """
 
@@ -41,7 +41,7 @@ class BPE:
 
     @classmethod
     def named(cls, name):
-        """A vocabulary tiktoken knows by name, such as "gpt2" (its first use downloads it)."""
+        """A vocabulary that tiktoken knows by name, such as "gpt2" (downloaded at its first use). Raises UserError if there is none."""
         if name not in tiktoken.list_encoding_names():
             raise UserError(
                 f"unknown tokenizer {name!r}: bpe, char, an output folder of train.py, "
@@ -104,7 +104,7 @@ class Characters:
 
 
 def from_json(fields):
-    """The tokenizer that to_json() described."""
+    """The tokenizer that to_json() described. Raises UserError for a broken description."""
     try:
         if fields["kind"] == "char":
             return Characters(fields["tokens"], fields["end_token"])

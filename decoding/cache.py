@@ -1,10 +1,10 @@
-"""What attention keeps of the tokens so far, so that a new one costs little. The model calls attend() and recent().
+"""What attention keeps of the tokens so far, so that a new one costs little. The model calls attend(), recent() and energy().
 
-Cache       all keys, and a new token reads them all: (V, lambda_k) for tau, B Hkv T (D + 1) numbers a layer, where (K, V)
-            takes 2 B Hkv T D for dot
-ExactCache  tau: the same numbers, sorted by lambda in segments whose sizes are powers of two, with running sums: a new token
-            reads O(log T) rows (decode.cpp), and the result is the same
-StreamCache tau: sums over bins of lambda, of the same size after any number of tokens; the result is nearly the same
+Cache        all keys, and a new token reads them all: for tau (V, lambda_k), B Hkv T (D + 1) numbers per layer; for dot (K, V),
+             2 B Hkv T D
+ExactCache   tau: the same numbers, sorted by lambda in segments whose sizes are powers of two, with running sums: a new token
+             reads O(log T) rows (decode.cpp), and the result is the same
+StreamCache  tau: sums over bins of lambda, whose size does not depend on the number of tokens; the result is nearly the same
 """
 
 import functools
@@ -26,17 +26,17 @@ class Cache:
     energy = staticmethod(energy)
 
     def __init__(self, config, length=0):
-        """For `length` tokens at most (0: block_size), allocated whole and written in place."""
+        """For at most `length` tokens (0: block_size); allocated for all of them and written in place."""
         self.config = config
         self.size = length or config.block_size
-        self.length = 0  # tokens of which every layer has been written
+        self.length = 0  # tokens that every layer has stored
         self.kept, self.last = {}, {}
 
     def nbytes(self):
         return sum(x.nbytes for x in [*self.kept.values(), *self.last.values()])
 
     def extend(self, layer, **new):
-        """Write what belongs to new tokens, each (B, heads, T, ...) or None; returns the same of all tokens so far."""
+        """Store tensors of new tokens, each (B, heads, T, ...) or None; returns the same tensors of all tokens so far, as a list."""
         whole = []
         for name, x in new.items():
             if x is not None:
@@ -50,7 +50,7 @@ class Cache:
         return whole
 
     def attend(self, layer, operator):
-        """The operator, tau_attention or dot_attention, as a function of new tokens, which takes them up and attends to all."""
+        """The operator, tau_attention or dot_attention, as a function of new tokens alone: it stores them and attends to all so far."""
 
         def attend(queries, keys, v, scale, log_decay, key_bias):
             keys, v, log_decay, key_bias = self.extend(layer, keys=keys, values=v, log_decay=log_decay, key_bias=key_bias)
@@ -59,7 +59,7 @@ class Cache:
         return attend
 
     def recent(self, layer, name, x, n, dim):
-        """x, along dim, after the last n tokens before it, or as many as there were."""
+        """x with the last n tokens before it, or as many as there were, in front of it along dim; stores the last n for the next call."""
         if (layer, name) in self.last:
             x = torch.cat([self.last[layer, name], x], dim)
         left = min(n, x.size(dim))
@@ -73,11 +73,11 @@ def decode():
 
 
 class CompiledCache(Cache):
-    """Of tau on the CPU in float32, by decode.cpp."""
+    """For tau on a CPU in float32, by decode.cpp."""
 
     @staticmethod
     def energy(x, laplacian):
-        """energy(), in one pass where the tokens are few."""
+        """model.energy(), in one pass if the tokens are few."""
         return decode().energy(x, laplacian, ENERGY_EPS) if x.size(1) < 8 else energy(x, laplacian)
 
 
@@ -111,7 +111,7 @@ class ExactCache(CompiledCache):
         return attend
 
     def allocated(self, v, H, temperature):
-        """(lambdas, weight, values, sums, scales, temperature, ends, now) of a layer, as decode.cpp has them."""
+        """(lambdas, weight, values, sums, scales, temperature, ends, now) of a layer, as decode.cpp describes them."""
         (B, Hkv, _, D), N = v.shape, self.size
         single, double = (functools.partial(torch.zeros, dtype=dtype) for dtype in (torch.float32, torch.float64))
         return (
@@ -126,7 +126,7 @@ class ExactCache(CompiledCache):
         )
 
     def fill(self, kept, lambda_k, v, log_decay, key_bias):
-        """Take up the first tokens, all at once."""
+        """Store the first tokens, all at once."""
         lambdas, weight, values, sums, scales, temperature, ends, now = kept
         T = v.size(2)
         lambdas[:, :, :T], values[:, :, :T] = lambda_k, v
@@ -143,10 +143,10 @@ class ExactCache(CompiledCache):
             decode().seal(lambdas, weight, values, sums, scales, temperature, begin, end)
 
     def step(self, kept, length, *token):
-        """Take up one token, the one after `length` others, and attend."""
+        """Store one token, the one after `length` others, and attend: (B, H, 1, D)."""
         lambdas, weight, values, sums, scales, temperature, ends, now = kept
         y = decode().attend(*(x if x is None else x.contiguous() for x in token), *kept, length)
-        if (length + 1) % SEGMENT == 0:  # it completes a segment, which takes in all those shorter than itself
+        if (length + 1) % SEGMENT == 0:  # it completes a segment, which absorbs the shorter ones before it
             sealed, end = length // SEGMENT * SEGMENT, length + 1
             ends[:, :, end // SEGMENT] = now
             begin = segments(end)[-1][0]
@@ -158,7 +158,7 @@ class ExactCache(CompiledCache):
 
 
 def segments(length):
-    """[(start, stop)] of the segments of `length` tokens, a multiple of SEGMENT: the powers of two that it is made of, the
+    """[(start, stop)] of the segments of `length` tokens, a multiple of SEGMENT: its decomposition into powers of two, the
     greatest first."""
     found, start = [], 0
     while start < length:
@@ -169,28 +169,28 @@ def segments(length):
 
 
 class StreamCache(CompiledCache):
-    """Without an end: memory and time of a token do not depend on the tokens before it.
+    """A cache for any number of tokens: a token's memory and time do not depend on how many came before it.
 
-    [0, 1) is cut into bins, BINS for each unit of a head's temperature, as long as all layers' states take STATE_BYTES at most
-    for a batch of one; beyond it the heads with the most bins get fewer, and `width`, the greatest h, says so. Keys in other
-    bins than the query's count exactly. In its own bin, of width h = 1 / (bins temperature) in units of the logit, each key's
-    weight is wrong by a factor between 1 - h/2 and 1 + h/2, to first order in h. A head's output is thus off by at most
-    h share max|v - out|, share being the weight that the query's own bin has of the whole.
-    (Sums over bins: "Topological Transformer", conclusion, has them as per-centroid aggregates.)"""
+    [0, 1) is cut into bins, BINS per temperature of a head, as long as the states of all layers take at most STATE_BYTES for a
+    batch of one; beyond that the heads with the most bins get fewer, and `width`, the greatest h, tells by how much. Keys in other
+    bins than the query's count exactly. In the query's own bin, of width h = 1 / (bins temperature) in units of the logit, each
+    key's weight is off by a factor between 1 - h/2 and 1 + h/2, to first order in h. A head's output is thus off by at most
+    h share max|v - out|, where share is the part of the softmax weights in the query's own bin.
+    ("Topological Transformer", conclusion, proposes sums over bins as per-centroid aggregates.)"""
 
     BINS, STATE_BYTES = 16, 8e6
 
     def __init__(self, config):
         super().__init__(config)
         self.size = math.inf
-        self.width = 0.0  # the greatest h of a head
-        self.pending = []  # the last token, if any: the next ones are taken up with it
+        self.width = 0.0  # the greatest h of any head
+        self.pending = []  # the last token, if any, which is not stored yet: it goes in front of the next ones
 
     def bins(self, temperature, D):
-        """(H + 1,) int64: where the bins of each head of a layer begin."""
+        """(H + 1,) int64: where the bins of each of a layer's heads begin, and where the last ones end."""
         wanted = (self.BINS / temperature).ceil().clamp_min(1)
         room = self.STATE_BYTES / (self.config.n_layer * 8 * (D + 1))
-        ordered = wanted.sort()[0]  # who wants few gets them; the others share what is left evenly
+        ordered = wanted.sort()[0]  # heads that want few get them; the others share what is left evenly
         share = (room - ordered.cumsum(0) + ordered) / torch.arange(len(wanted), 0, -1)
         if (capped := ordered > share).any():
             wanted = wanted.clamp_max(max(1, math.floor(share[capped][0])))
@@ -227,7 +227,7 @@ class StreamCache(CompiledCache):
         return attend
 
     def save(self, path, model_hash):
-        """The tokens so far, as a file to go on from with the same model, whose checkpoint has this sha256."""
+        """Write the state after the tokens so far to a file, to go on from with the same model. model_hash: its checkpoint's sha256."""
         tensors = {
             f"{kind}.{layer}.{name}": x.contiguous() for kind in ("kept", "last") for (layer, name), x in getattr(self, kind).items()
         }
@@ -235,7 +235,7 @@ class StreamCache(CompiledCache):
 
     @classmethod
     def load(cls, path, config, model_hash):
-        """Raises UserError if the file is damaged or of another model."""
+        """The StreamCache that save() wrote. Raises UserError if the file is damaged or of another model."""
         tensors, header = checkpoint_file.load(path, ["session"], "session of sample.py")
         cache, session = cls(config), header["session"]
         if session.get("model") != model_hash:
@@ -248,8 +248,9 @@ class StreamCache(CompiledCache):
 
 
 def make_cache(name, config, device, length=0):
-    """A cache by name, for so many tokens (0: block_size; stream has no end). exact, where it does not apply (dot, a GPU, no
-    compiler), is the plain one, with which it agrees."""
+    """The cache called "plain", "exact" or "stream", for at most `length` tokens (0: block_size; stream has no limit). Where exact
+    does not apply (dot, a GPU, no compiler) it is the plain one, whose results are the same; where stream does not, this raises
+    UserError."""
     applies = config.attention == "tau" and device.type == "cpu"
     if name == "plain" or name == "exact" and not applies:
         return Cache(config, length)
@@ -265,10 +266,10 @@ def make_cache(name, config, device, length=0):
 
 @functools.cache
 def not_compiled():
-    """What the compiler says of decode.cpp if it does not take it, else None."""
+    """The first line of the error if decode.cpp cannot be compiled, else None."""
     try:
         decode()
-    except Exception as error:  # no compiler, or one that does not know this code
+    except Exception as error:  # no compiler, or one that cannot compile this code
         return str(error).splitlines()[0]
 
 

@@ -1,20 +1,20 @@
 // One query against many keys without reading them all: exactly, in O(log T) rows (cache.py's ExactCache), and from a state
 // that does not grow (StreamCache).
 //
-// Exactly. The keys before the last few are cut into segments of SEGMENT times a power of two, each sorted by lambda. A query with
-// position a = lambda_q / temperature takes a segment's keys below it by sum_j exp(b_j + w_j) v'_j exp(-a), those above by
-// the mirror image (attention.cpp has the derivation; w_j a key's log weight, v' = [v, 1]). Running sums of both kinds are
-// kept at every BLOCK-th row only: a query finds its block, reads the sum of the rows before it and of those behind it, and
-// takes the block's own rows one by one. Rows that came after the last segment are taken one by one too.
+// Exactly. All keys but the latest, at most SEGMENT, are cut into segments of SEGMENT times a power of two, each sorted by lambda.
+// A query with position a = lambda_q / temperature sums a segment's keys below it as exp(-a) sum_j exp(b_j + w_j) v'_j, and those
+// above it by the mirror image (attention.cpp has the derivation; b_j = lambda_k,j / temperature, w_j is the key's log weight, v' = [v, 1]).
+// Running sums of both kinds are kept at every BLOCK-th row only: a query finds its block, reads the sums of the rows before and
+// after that block, and takes the block's own rows one by one. Keys after the last segment are taken one by one too.
 //
 // Log weights count from the end of a segment: w_j = key_bias_j + (c_end - c_j), c the running sum of log decays, so that
-// they stay small in float32; what lies between there and the query comes with the query, in float64. Sums carry their own
-// log scale, as in online softmax: every exponent is <= 0.
+// they stay small in float32; the decay from there to the query is added by each query, in float64. Sums carry their own log
+// scale, as in online softmax: every exponent is <= 0.
 //
 // From a state. [0, 1) is cut into bins with centres x. A bin keeps, of the keys that fell into it,
 //     U = sum_j exp((lambda_j - x) / temperature + w_j) v'_j     and     W = sum_j exp((x - lambda_j) / temperature + w_j) v'_j.
 // A query takes all bins below its own from U and all above from W, exactly. In its own bin neither form is right for all keys;
-// it takes (U-form + W-form) times the factor that is right on average for keys spread evenly over the bin.
+// it takes the sum of both times the factor that is right on average for keys spread evenly over the bin.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -39,7 +39,7 @@ struct Sum {
   int64_t D;
   double scale = NOTHING;
 
-  float rescaled(double log_weight) {  // makes room for something of this weight; returns what to multiply it by
+  float rescaled(double log_weight) {  // makes room for a term of this log weight; returns the term's factor
     if (log_weight > scale) {
       const float down = std::exp(scale - log_weight);
       for (int64_t d = 0; d <= D; d++) row[d] *= down;
@@ -48,27 +48,27 @@ struct Sum {
     }
     return std::exp(log_weight - scale);
   }
-  void add(const float* v, double log_weight) {  // a value
+  void add(const float* v, double log_weight) {  // adds a value
     const float f = rescaled(log_weight);
     if (f == 0) return;
     for (int64_t d = 0; d < D; d++) row[d] += f * v[d];
     row[D] += f;
   }
-  void add_sum(const float* other, double log_weight) {  // another sum
+  void add_sum(const float* other, double log_weight) {  // adds another sum
     const float f = rescaled(log_weight);
     if (f == 0) return;
     for (int64_t d = 0; d <= D; d++) row[d] += f * other[d];
   }
 };
 
-// What one cache tensor holds of one head: x.data + head * stride(1) and so on; all tensors are contiguous but for the batch.
+// The data of one head in a contiguous cache tensor (B, heads, ...).
 template <typename T>
 T* of(const at::Tensor& x, int64_t b, int64_t h) {
   return x.data_ptr<T>() + (b * x.size(1) + h) * x.stride(1);
 }
 
 // lambda_k (B, Hkv, N), weight (B, H, N), v (B, Hkv, N, D), sums (B, H, N / BLOCK, 2, D + 1), scales (B, H, N / BLOCK, 2) float64,
-// temperature (H) float64: sorts the rows start .. stop of each head by lambda and makes their sums.
+// temperature (H) float64: sorts the rows start .. stop of each head by lambda and computes their running sums.
 void seal(at::Tensor lambda_k, at::Tensor weight, at::Tensor v, at::Tensor sums, at::Tensor scales, const at::Tensor& temperature,
           int64_t start, int64_t stop) {
   const int64_t B = v.size(0), Hkv = v.size(1), H = weight.size(1), D = v.size(3), n = stop - start, heads = H / Hkv;
@@ -90,7 +90,7 @@ void seal(at::Tensor lambda_k, at::Tensor weight, at::Tensor v, at::Tensor sums,
       for (int64_t h = k * heads; h < (k + 1) * heads; h++) {
         const double sharpness = 1 / temperature.const_data_ptr<double>()[h];
         const float* w = of<float>(weight, b, h) + start;
-        for (int64_t side = 0; side < 2; side++) {  // 0: rows before a block, as seen from the last of them; 1: rows behind it
+        for (int64_t side = 0; side < 2; side++) {  // 0: rows before a block, in the scale of the nearest one; 1: rows after it
           std::fill(row.begin(), row.end(), 0);
           Sum sum{row.data(), D};
           double position = 0;
@@ -113,9 +113,9 @@ void seal(at::Tensor lambda_k, at::Tensor weight, at::Tensor v, at::Tensor sums,
 }
 
 // The next token, number `length`: lambda_q (B, H, 1), lambda_k (B, Hkv, 1), v (B, Hkv, 1, D), log_decay (B, H, 1) and bias
-// (B, Hkv, 1) if there are any. The cache as above takes it up; its rows before length / SEGMENT * SEGMENT are in segments. ends
-// (B, H, 1 + N / SEGMENT) float64 is the running sum of log decays at each multiple of SEGMENT tokens, now (B, H) float64 at the
-// last token. -> out (B, H, 1, D)
+// (B, Hkv, 1) if there are any. It is stored in the cache, whose tensors are as above and whose rows before
+// length / SEGMENT * SEGMENT are in segments. ends (B, H, 1 + N / SEGMENT) float64 is the running sum of log decays after each
+// multiple of SEGMENT tokens, now (B, H) float64 the one after the last token. -> out (B, H, 1, D)
 at::Tensor attend(const at::Tensor& lambda_q, const at::Tensor& lambda_k, const at::Tensor& v, const Maybe& log_decay, const Maybe& bias,
                   at::Tensor lambdas, at::Tensor weight, at::Tensor values, at::Tensor sums, at::Tensor scales,
                   const at::Tensor& temperature, const at::Tensor& ends, at::Tensor now, int64_t length) {
@@ -142,7 +142,7 @@ at::Tensor attend(const at::Tensor& lambda_q, const at::Tensor& lambda_k, const 
           for (int64_t j = begin; j < stop; j++) sum.add(value + j * D, ahead + w[j] - std::abs(a - lambda[j]) * sharpness);
         };
         for (int64_t start = 0; start < sealed;) {
-          int64_t size = SEGMENT;  // the greatest power of two of them that fits
+          int64_t size = SEGMENT;  // the largest segment that fits
           while (start + 2 * size <= sealed) size *= 2;
           const int64_t stop = start + size, rank = std::upper_bound(lambda + start, lambda + stop, (float)a) - lambda;
           const int64_t begin = std::min(rank / BLOCK * BLOCK, stop - BLOCK), block = begin / BLOCK;
@@ -165,11 +165,12 @@ at::Tensor attend(const at::Tensor& lambda_q, const at::Tensor& lambda_k, const 
 
 // The next T tokens of each head, one after the other: lambda_q (B, H, T), lambda_k (B, Hkv, T), v (B, Hkv, T, D), log_decay
 // (B, H, T) and bias (B, Hkv, T) float64, temperature (H) float64, first (H + 1) int64: head h has the bins first[h] .. first[h + 1]
-// of state (B, bins, 2, D + 1), whose rows are times exp(scale), (B, H) float64. Takes each key up and attends: -> out (B, H, T, D)
+// of state (B, bins, 2, D + 1), whose rows are in units of exp(scale), (B, H) float64. Stores each key and then attends:
+// -> out (B, H, T, D)
 at::Tensor stream(const at::Tensor& lambda_q, const at::Tensor& lambda_k, const at::Tensor& v, const at::Tensor& log_decay,
                   const at::Tensor& bias, const at::Tensor& temperature, const at::Tensor& first, at::Tensor state, at::Tensor scale) {
-  constexpr double MOST = 30;  // of a log weight in the state's scale, before the state is rescaled
-  constexpr float LEAST = 1e-30;  // of a bin's weight, for it to count
+  constexpr double MOST = 30;  // the greatest log weight, relative to scale: beyond it the state is rescaled
+  constexpr float LEAST = 1e-30;  // the least weight of a bin that counts
   const int64_t B = v.size(0), Hkv = v.size(1), T = v.size(2), D = v.size(3), H = lambda_q.size(1);
   auto out = at::empty({B, H, T, D}, v.options());
   at::parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) {
@@ -205,7 +206,7 @@ at::Tensor stream(const at::Tensor& lambda_q, const at::Tensor& lambda_k, const 
 
         const int64_t own = bin_of(query);
         auto distance = [&](int64_t bin) { return bin == own ? 0 : std::abs(query - center(bin)) * sharpness; };
-        double most = -INFINITY;  // about the log of the heaviest bin's weight: all count relative to it, so that not all vanish
+        double most = -INFINITY;  // about the log of the heaviest bin's weight: all are relative to it, so that not all underflow
         for (int64_t bin = 0; bin < bins; bin++)
           if (const float held = row_of(bin, 0)[D]; held > LEAST) most = std::max(most, std::ilogb(held) * M_LN2 - distance(bin));
         std::fill(total.begin(), total.end(), 0);
@@ -216,7 +217,7 @@ at::Tensor stream(const at::Tensor& lambda_q, const at::Tensor& lambda_k, const 
         for (int64_t bin = 0; bin < bins; bin++)
           if (bin != own && row_of(bin, 0)[D] > LEAST && -distance(bin) > most - 80) take(bin, bin > own, -distance(bin));
         if (row_of(own, 0)[D] > LEAST) {
-          const double below = (query - own * width) * sharpness, above = width * sharpness - below;  // of the bin's width
+          const double below = (query - own * width) * sharpness, above = width * sharpness - below;  // parts of the bin
           const double factor = std::log((2 - std::exp(-below) - std::exp(-above)) / (2 * std::sinh(below) + 2 * std::sinh(above)));
           take(own, 0, factor + (center(own) - query) * sharpness);
           take(own, 1, factor + (query - center(own)) * sharpness);

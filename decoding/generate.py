@@ -1,16 +1,16 @@
-"""Tokens from a trained model: prefill, decode one token, decode n tokens, sample (the four ideas of gpt-fast)."""
+"""Generate tokens with a trained model: prefill, decode one token, decode n tokens, sample (the four functions of gpt-fast)."""
 
 import torch
 import torch.nn as nn
 
 from decoding.cache import StreamCache, make_cache
 
-PIECE = 256  # tokens at a time, where memory is not to grow with the text
+PIECE = 256  # tokens per forward pass, where memory must not grow with the text
 
 
 def for_decoding(model):
-    """The model with the columns of its wide matrices side by side in memory, where it is on a CPU: there one token's product with
-    them takes up to half as long."""
+    """The model, changed in place: on a CPU, weight matrices with more outputs than inputs are stored column by column, which makes
+    the product of a single token with them up to twice as fast."""
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.out_features > module.in_features and module.weight.device.type == "cpu":
             module.weight.data = module.weight.data.T.contiguous().T
@@ -19,7 +19,7 @@ def for_decoding(model):
 
 def probabilities(logits, temperature, top_k, top_p):
     """(B, V) float64 of logits (B, V): divided by the temperature, then cut to the top_k most likely tokens (0: all),
-    then to the fewest of those that hold top_p of the mass. temperature 0: all mass on the most likely token."""
+    then to the fewest of those that hold top_p of the mass. temperature 0: all mass is on the most likely token."""
     logits = logits.double()
     logits = logits - logits.amax(-1, keepdim=True)
     if temperature == 0:
@@ -33,36 +33,36 @@ def probabilities(logits, temperature, top_k, top_p):
 
 
 def sample(p, generators):
-    """One token (B, 1) from each row of p (B, V) on the CPU, row i by generators[i] alone: what a sample becomes does
-    not depend on the others in its batch."""
+    """One token (B, 1) int64 from each row of p (B, V) on the CPU, row i by generators[i] alone: a sample does not depend
+    on the others in its batch."""
     u = torch.stack([torch.rand((), generator=generator, dtype=torch.float64) for generator in generators])[:, None]
     cumulated = p.cumsum(-1)
     return torch.searchsorted(cumulated, u * cumulated[:, -1:], right=True).clamp_max(p.size(1) - 1)
 
 
 def prefill(model, tokens, cache):
-    """Logits (B, V) of the next token after tokens (B, T >= 1), which the cache takes up; without one, cache = None. A stream takes
-    some at a time, so that memory does not grow with them."""
+    """Logits (B, V) of the token after tokens (B, T >= 1), which are added to the cache, if it is not None. A StreamCache gets PIECE
+    of them at a time, so that memory does not grow with T."""
     for part in tokens.split(PIECE if isinstance(cache, StreamCache) else tokens.size(1), 1):
         x = model(part, cache=cache, head=False)
     return model.logits(x[:, -1])
 
 
 def decode_one_token(model, token, cache):
-    """Logits (B, V) of the next token, after one more token (B, 1)."""
+    """Logits (B, V) of the token after one more token (B, 1), which is added to the cache."""
     return prefill(model, token, cache)
 
 
 @torch.no_grad()
 def decode_n_tokens(model, prompts, seeds, max_new_tokens, temperature, top_k, top_p, cache="exact", stop=()):
-    """Yield (row, token) for each new token of each prompt, a list of lists of tokens, at least one in each. Row i draws with
+    """Yield (row, token) for each new token of each prompt. prompts: lists of tokens, at least one in each. Row i draws with
     seeds[i] alone, and ends after max_new_tokens or with a token of `stop`.
 
-    All rows begin with as many tokens as the shortest prompt has; a longer one is fed on, token by token, while others are
-    sampled. The context is at most block_size tokens: of longer prompts the last ones, and when it is full it starts again from
-    its last half. With cache = "stream" it has no end. "none": nothing is cached.
-    A StreamCache in place of a name goes on from what it holds and takes up its one prompt and the sample, but for the last token,
-    which stays pending: then the prompt may be empty."""
+    All rows start with as many tokens as the shortest prompt has; the rest of a longer prompt is fed in token by token while other
+    rows are already sampled. The context is at most block_size tokens: of a longer prompt the last ones, and when it is full it
+    starts again from its last half. With cache = "stream" it has no limit; with "none" nothing is cached.
+    A StreamCache in place of a name goes on from the tokens it holds and stores its one prompt and the sample, except the last
+    token, which stays pending; with a pending token the prompt may be empty."""
     device, block_size = model.head.weight.device, model.config.block_size
     session = None if isinstance(cache, str) else cache
     endless = session is not None or cache == "stream"

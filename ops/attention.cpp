@@ -2,18 +2,18 @@
 //
 // With a = lambda_q / temperature and b = lambda_k / temperature the weight of key j for query i >= j is
 //     w_ij = exp(-|a_i - b_j| + W_i + w_j),     W_i = c_i,   w_j = key_bias_j - c_j,   c = running sum of log_decay.
-// For b_j <= a_i that is exp(b_j + w_j) exp(-a_i + W_i): a factor of the key times a factor of the query. So over items in
-// the order of their position, one accumulator walked upwards gives every query the sum over all keys below it, and
-// one walked downwards the sum over all keys above it. Causality: time is halved again and again, all queries of a right
-// half see all keys of its left half, and pairs closer than CHUNK tokens are summed directly.
+// For b_j <= a_i that is exp(b_j + w_j) exp(-a_i + W_i): a factor of the key times a factor of the query. So, with the items
+// in the order of their positions, one accumulator walked upwards gives every query the sum over all keys below it, and one
+// walked downwards the sum over all keys above it. Causality: the sequence is halved again and again, all queries of a right
+// half see all keys of its left half, and pairs inside a chunk of CHUNK tokens are summed directly.
 //
 // The backward pass is the same pass with the roles swapped: the queries are the sources, their rows the gradients, and
 // the keys of the left halves receive. Both give each receiver r two rows,
 //     sum_r  = sum_s w_rs row_s     and     diff_r = sum_s sign(a - b) w_rs row_s,
-// and a row has one number more than D: 1 for a key, -(g_i . out_i) for a query.
+// and a row has one number more than D: 1 for a key, -(grad_i . out_i) for a query.
 //
-// Nothing overflows and nothing vanishes that counts: accumulators and receivers carry their own log scale, as in online
-// softmax, so every exponent is <= 0. Positions and log weights are float64, rows have the type of v.
+// Nothing overflows, and nothing that counts underflows: accumulators and receivers carry their own log scale, as in online
+// softmax, so every exponent is <= 0. Positions and log weights are float64, rows have the dtype of v.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -35,9 +35,9 @@
 namespace {
 
 constexpr int64_t CHUNK = 32;      // tokens whose pairs are summed directly
-constexpr double NOTHING = -1e300;  // log of a sum of nothing
+constexpr double NOTHING = -1e300;  // stands for log 0, the log of an empty sum
 constexpr int64_t CACHED = 4096;   // tokens whose rows stay in a processor's cache through all their levels
-constexpr int64_t AHEAD = 24;      // items whose rows are fetched before they are needed
+constexpr int64_t AHEAD = 24;      // how many items ahead of their use rows are prefetched
 
 template <typename T>
 struct Vector {
@@ -54,7 +54,7 @@ auto lane_sum(V v) {
 }
 
 template <typename T>
-double dot(const T* x, const T* y, int64_t D) {  // in float64: the gradients of lambda are differences of such
+double dot(const T* x, const T* y, int64_t D) {  // in float64: the gradients of lambda are differences of such products
   typedef T U __attribute__((vector_size(8 * sizeof(T)), aligned(alignof(T))));
   using V = Vector<double>::type;
   V total = {};
@@ -123,7 +123,7 @@ void sort_items(const T* lambda_k, const T* lambda_q, int64_t n, Item* items, It
     std::vector<uint32_t> count(3 * 2048);
     auto ordered = [](float x) {
       uint32_t u;
-      x += 0.0f;  // -0 is 0
+      x += 0.0f;  // -0 becomes 0
       std::memcpy(&u, &x, 4);
       return u ^ ((u >> 31) ? 0xFFFFFFFFu : 0x80000000u);
     };
@@ -148,7 +148,7 @@ void sort_items(const T* lambda_k, const T* lambda_q, int64_t n, Item* items, It
       std::swap(keys, spare_keys);
       std::swap(items, spare);
     }
-    std::memcpy(spare, items, 2 * n * sizeof(Item));  // three swaps: the result lies in the caller's spare
+    std::memcpy(spare, items, 2 * n * sizeof(Item));  // after three swaps the result lies in the caller's spare
   } else {
     for (int64_t i = 0; i < n; i++) items[i] = 2 * i, items[n + i] = 2 * i + 1;
     auto value = [&](Item item) { return item & 1 ? lambda_q[item >> 1] : lambda_k[item >> 1]; };
@@ -173,7 +173,7 @@ struct Pass {
   const double *xk, *wk, *xq, *wq;  // positions and log weights (n) of keys and queries
   const T* rows;                    // of the sources, (n, stride),
   const double* ones;               // and their last number, (n), in float64: the denominator is a sum of these
-  // Sums over sources below [0] and above [1] a receiver, times exp(scale); after finish() sum and diff.
+  // Sums over the sources below [0] and above [1] each receiver, in units of exp(scale); after finish() sum and diff.
   T* result[2];
   double* result_one[2];
   double* scale[2];  // by item
@@ -181,7 +181,8 @@ struct Pass {
 
   Item source() const { return backward ? 1 : 0; }
 
-  // What each pair (left half, right half) of blocks closer together than n and further apart than CHUNK adds.
+  // For each pair (left half, right half) of at least CHUNK tokens each: adds the sources of one half to the receivers of the
+  // other.
   void far(const T* lambda_k, const T* lambda_q) {
     for (int side = 0; side < 2; side++) {
       std::memset(result[side], 0, n * stride * sizeof(T));
@@ -208,11 +209,12 @@ struct Pass {
       weight[side] = scratch.weight[side].template get<T>(n + W);
     }
 
-    // one level between the tokens begin and end: pairs of blocks of size / 2, their items in order in `from`, then in `to`
+    // one level of the tokens begin .. end, in pairs of blocks of size / 2; `from` has the items of each pair in order, `to`
+    // gets those of each block in order
     auto level = [&](int64_t begin, int64_t end, int64_t size, Item* from, Item* to) {
       int64_t pairs = (end - begin + size - 1) / size;
       at::parallel_for(0, pairs, std::max<int64_t>(1, 16384 / size), [&](int64_t first, int64_t last) {
-        for (int64_t pair = first; pair < last; pair++) {  // keeps the order inside both halves; list: those who meet
+        for (int64_t pair = first; pair < last; pair++) {  // splits a pair, keeping the order; list: the items that meet
           int64_t low = begin + pair * size, middle = std::min(low + size / 2, n), high = std::min(low + size, n);
           Item *half[2] = {to + 2 * low, to + 2 * middle}, *out = list + low;
           for (int64_t i = 2 * low; i < 2 * high; i++) {
@@ -254,7 +256,7 @@ struct Pass {
     });
   }
 
-  // The numbers of a walk, in its order. An accumulator or receiver x of scale m takes an item of log weight s:
+  // The factors and weights of a walk, in its order. An accumulator or receiver x of log scale m takes an item of log weight s:
   // m' = max(m, s); x = x exp(m - m') + item exp(s - m').
   void weigh(const Item* list, int64_t count, int64_t side, const double* exponent, double* scale, T* factor, T* weight) const {
     double reach = NOTHING;  // log scale of the accumulator
@@ -263,7 +265,7 @@ struct Pass {
       const Item item = list[side ? count - 1 - i : i];
       const bool is_source = (item & 1) == source;
       const double e = exponent[item], candidate = is_source ? e : NOTHING;
-      const double reached = reach > candidate ? reach : candidate;  // the one step that waits for the step before
+      const double reached = reach > candidate ? reach : candidate;  // the only step that waits for the step before it
       const double before = is_source ? reach : scale[item], added = is_source ? e : e + reach;
       const double after = before > added ? before : added;
       scale[item] = after;  // of a source: never read
@@ -308,8 +310,8 @@ struct Pass {
     }
   }
 
-  // The pairs inside the chunk that begins at `first`, and all together: result[0] becomes sum, result[1] diff, both
-  // times exp of the scale written to `total` (CHUNK).
+  // Sums the pairs inside the chunk that begins at `first` and adds the results of the walks: result[0] becomes sum, result[1]
+  // diff, both in units of exp(total), which it writes, (CHUNK).
   void finish(int64_t first, double* total) {
     const int64_t count = std::min(CHUNK, n - first);
     alignas(64) T weight[CHUNK][CHUNK], signed_weight[CHUNK][CHUNK];
@@ -318,7 +320,7 @@ struct Pass {
     double xs[CHUNK] = {}, ws[CHUNK] = {};
     std::memcpy(xs, (backward ? xq : xk) + first, count * sizeof(double));
     std::memcpy(ws, (backward ? wq : wk) + first, count * sizeof(double));
-    const T plus = backward ? -1 : 1;  // diff is keys below less keys above, or queries above less queries below
+    const T plus = backward ? -1 : 1;  // diff is keys below minus keys above, or queries above minus queries below
     for (int64_t r = 0; r < count; r++) {
       const int64_t begin = backward ? r : 0, end = backward ? count : r + 1;
       double exponent[CHUNK], most[8];
@@ -406,7 +408,7 @@ Rows<T> rows_of(const at::Tensor& x, int64_t head) {
   return {const_cast<T*>(x.const_data_ptr<std::remove_const_t<T>>()) + head / H * x.stride(0) + head % H * x.stride(1), x.stride(2)};
 }
 
-// One head: its inputs by raw pointers, decay and bias null where there is none.
+// One head and its inputs as raw pointers; decay and bias are null where there is none.
 template <typename T>
 struct Head {
   int64_t n, D, stride;
@@ -466,7 +468,7 @@ struct Head {
     double* ones = const_cast<double*>(p.ones);
     const double center = p.xq[0];
     const int64_t chunks = (n + CHUNK - 1) / CHUNK;
-    std::vector<double> moment(chunks);  // one place a chunk: the sum does not depend on the threads
+    std::vector<double> moment(chunks);  // one entry per chunk: the sum does not depend on the threads
     at::parallel_for(0, chunks, 8, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin * CHUNK; t < std::min(end * CHUNK, n); t++) {
         ones[t] = -dot(grad[t], out[t], D);
@@ -517,8 +519,8 @@ Head<T> head_of(const at::Tensor& lambda_q, const at::Tensor& lambda_k, const at
           bias ? bias->const_data_ptr<double>() + group * n : nullptr, scratch<T>()};
 }
 
-// Calls work(group, head) for every group of heads that share keys, and its heads in turn. Threads take groups where there
-// are enough of them; else one group after the other has all threads inside.
+// Calls work(group, head) for every group of query heads that share a key/value head, and for its heads in turn. Each thread
+// takes whole groups if there are enough of them; otherwise all threads work inside one group after the other.
 template <typename Work>
 void each_head(int64_t groups, int64_t heads, Work work) {
   auto some = [&](int64_t begin, int64_t end) {
@@ -529,7 +531,7 @@ void each_head(int64_t groups, int64_t heads, Work work) {
   else some(0, groups);
 }
 
-// An empty tensor. A large one is fresh memory, which comes faster in huge pages.
+// An uninitialised tensor. A large one is fresh memory, which the system provides faster in huge pages.
 at::Tensor empty(at::IntArrayRef sizes, at::TensorOptions options) {
   auto x = at::empty(sizes, options);
 #ifdef MADV_HUGEPAGE
@@ -542,7 +544,7 @@ at::Tensor empty(at::IntArrayRef sizes, at::TensorOptions options) {
 
 // lambda_q (B, H, T), lambda_k (B, Hkv, T), v (B, Hkv, T, D), temperature (H) float64, decay (B, H, T) float64 (the running
 // sum of the log decays), bias (B, Hkv, T) float64; v (and below, grad and out) of any strides with dense rows, the others
-// contiguous. out and grad_v lie in memory as (B, T, heads, D), as the projections around the operator want them.
+// contiguous. out and grad_v lie in memory as (B, T, heads, D), the layout that the projections around the operator use.
 // -> out (B, H, T, D), lse (B, H, T) float64, diff (B, H, T, D), diff_one (B, H, T)
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
     const at::Tensor& lambda_q, const at::Tensor& lambda_k, const at::Tensor& v, const at::Tensor& temperature,

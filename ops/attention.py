@@ -1,8 +1,8 @@
-"""tau attention: the operator. One scalar lambda a token and head takes the place of query and key vectors.
+"""The operator of tau attention: one scalar lambda per token and head takes the place of query and key vectors.
 
-tau_attention() is what model.py calls. naive() is its definition. Two compute the same in O(T log T): `walk` (attention.cpp,
-compiled at first use, CPU) and `tree` (plain torch, any device); docs/algorithm.md explains them. `triton`
-(attention_triton.py) computes it densely in a GPU's fast memory."""
+tau_attention() is what model.py calls, and naive() is its definition. Two implementations compute the same in O(T log T) time:
+`walk` (attention.cpp, compiled at first use, CPU) and `tree` (plain torch, any device); docs/algorithm.md explains them. `triton`
+(attention_triton.py) computes all pairs, in flash attention's tiles, in a GPU's on-chip memory."""
 
 import fcntl
 import functools
@@ -23,14 +23,14 @@ from common import ROOT
 IMPLS = ("auto", "naive", "tree", "walk", "triton")
 TRITON_WIDTH = 128  # the widest head of impl="triton"
 TREE_FROM = (
-    131072  # tokens from which on a GPU with triton the tree is taken; up to 65,536 the tiles are ahead: results/attention_cuda.json
+    131072  # tokens of context from which a GPU with triton takes the tree; up to 65,536 tiles are faster: results/attention_cuda.json
 )
-LEAF = 32  # tree: tokens whose pairs are summed directly, at most
-NOTHING = -1e30  # log of a sum of nothing
+LEAF = 32  # tree: blocks of at most this many tokens are summed directly, pair by pair
+NOTHING = -1e30  # stands for log 0, the log of an empty sum
 
 
 def tau_attention(lambda_q, lambda_k, v, temperature, log_decay=None, key_bias=None, impl="auto"):
-    """Causal attention by distance of scalars: out_i = sum_{j<=i} softmax_j(logit_ij) v_j, where
+    """Causal attention by the distance of scalars: out_i = sum_{j<=i} softmax_j(logit_ij) v_j, where
 
         logit_ij = -|lambda_q,i - lambda_k,j| / temperature  +  key_bias_j  +  sum of log_decay over j+1 .. i
 
@@ -40,15 +40,15 @@ def tau_attention(lambda_q, lambda_k, v, temperature, log_decay=None, key_bias=N
     lambda_k     (B, Hkv, T)       of the keys; H is a multiple of Hkv, query head h reads key head h // (H/Hkv)
     v            (B, Hkv, T, D)    values
     temperature  number > 0 or (H,)
-    log_decay    (B, H, T) or (H,), <= 0: what a step forward costs
-    key_bias     (B, Hkv, T)
-    impl         "naive": dense, O(T^2) time and memory. "walk": compiled, CPU. "tree": plain torch. Both O(T log T) time
-                 and O(T D) memory, exact. "triton": GPU, D <= 128, O(T^2) time and O(T D) memory. The last three only for
-                 Tq = T. "auto": the fastest that applies.
+    log_decay    (B, H, T) or (H,), <= 0: what each step costs; (H,) is the same at every token
+    key_bias     (B, Hkv, T): added to all logits of a key
+    impl         "naive": dense, O(T^2) time and memory. "walk": compiled, CPU; "tree": plain torch; both exact, O(T log T)
+                 time and O(T D) memory. "triton": GPU, D <= 128, O(T^2) time and O(T D) memory. These three need Tq = T.
+                 "auto": the fastest that applies.
 
-    Returns (B, H, Tq, D) in v's dtype, computed in float32 (float64 if v is that), under autocast too; triton multiplies
-    weights and values in v's dtype and is never finer than float32. Differentiable in every float input. Raises ValueError
-    for shapes that do not fit, for a number as temperature that is not positive, for an impl that is unknown or does not
+    Returns (B, H, Tq, D) in v's dtype, computed in float32 (float64 if v is float64), under autocast too; triton multiplies
+    weights and values in v's dtype and sums in float32. Differentiable in every tensor argument. Raises ValueError for
+    shapes that do not fit, for a temperature that is a number but not positive, for an impl that is unknown or does not
     apply, and, in autograd's anomaly mode, for inputs that are not finite.
     """
     given = dict(lambda_q=lambda_q, lambda_k=lambda_k, v=v, temperature=temperature, log_decay=log_decay, key_bias=key_bias)
@@ -73,13 +73,13 @@ def tau_attention(lambda_q, lambda_k, v, temperature, log_decay=None, key_bias=N
         raise ValueError(f"impl={impl!r} needs a query for every key, not {Tq} for {T}")
     with torch.autocast(v.device.type, enabled=False):
         slope = log_decay is not None and log_decay.ndim == 1
-        double = v.dtype is torch.float64 or slope and impl == "walk"  # the slope's gradient sums T^2 / 2 lags
+        double = v.dtype is torch.float64 or slope and impl == "walk"  # a slope's gradient sums over T^2 / 2 lags
         inputs = [x.to(torch.float64 if double else torch.float32) for x in (lambda_q, lambda_k, v)]
         if impl == "triton" and v.dtype in (torch.bfloat16, torch.float16):
             inputs[2] = v
         if impl == "naive":
             return naive(*inputs, temperature, log_decay, key_bias).to(v.dtype)
-        scalar = finest(v.device)  # of positions and log weights
+        scalar = finest(v.device)  # dtype of positions and log weights
         if not torch.is_tensor(temperature):
             temperature = torch.full((H,), temperature, dtype=scalar, device=v.device)
         temperature = temperature.to(v.device, scalar).expand(H)
@@ -91,7 +91,7 @@ def tau_attention(lambda_q, lambda_k, v, temperature, log_decay=None, key_bias=N
 
 
 def shapes_fit(lambda_q, lambda_k, v, temperature=None, log_decay=None, key_bias=None):
-    """Whether tensors, where they are given, have the shapes that tau_attention() asks for."""
+    """Whether the tensors that are given have the shapes that tau_attention() requires."""
     if lambda_q.ndim != 3 or v.ndim != 4:
         return False
     (B, H, Tq), (Hkv, T) = lambda_q.shape, v.shape[1:3]
@@ -107,19 +107,19 @@ def shapes_fit(lambda_q, lambda_k, v, temperature=None, log_decay=None, key_bias
 
 
 def finest(device):
-    """The finest floating type that a device has."""
+    """The most precise float dtype that a device supports."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def naive(lambda_q, lambda_k, v, temperature, log_decay=None, key_bias=None):
-    """The reference: the definition of tau_attention, line by line."""
+    """The reference: the definition of tau_attention, line by line. Dense; arguments and shapes are the same, dtypes are kept."""
     weights = attention_weights(lambda_q, lambda_k, temperature, log_decay, key_bias)
     out = weights.unflatten(1, (v.shape[1], -1)).flatten(2, 3) @ v  # (B, Hkv, group * Tq, D)
     return out.view(*lambda_q.shape, v.shape[-1])
 
 
 def attention_weights(lambda_q, lambda_k, temperature, log_decay=None, key_bias=None):
-    """softmax of the logits of tau_attention, (B, H, Tq, T)."""
+    """The softmax weights of tau_attention, (B, H, Tq, T)."""
     B, H, Tq = lambda_q.shape
     Hkv, T = lambda_k.shape[1:]
     group = H // Hkv
@@ -132,7 +132,7 @@ def attention_weights(lambda_q, lambda_k, temperature, log_decay=None, key_bias=
 
 
 def add_terms(logits, log_decay, key_bias):
-    """Logits (B or 1, H, Tq, T) with what tau_attention adds to its own: decay, bias, and -inf where the key is later."""
+    """logits (B or 1, H, Tq, T) plus what tau_attention adds to its own: decay, key bias, and -inf where the key is in the future."""
     H, Tq, T = logits.shape[1:]
     if key_bias is not None:
         logits = logits + key_bias.to(logits.dtype).repeat_interleave(H // key_bias.size(1), 1)[:, :, None]
@@ -145,9 +145,10 @@ def add_terms(logits, log_decay, key_bias):
     return logits.masked_fill(future, float("-inf"))
 
 
-# The fast ones share an interface: forward gives out and what backward needs of it, the logarithm of the softmax's
-# denominator, lse (B, H, T), and diff (B, H, T, D) and diff_one (B, H, T), the sums sum_j p_ij v_j and sum_j p_ij with the
-# sign of a_i - b_j in every term (attention_triton has others in their places). decay is the running sum of log_decay.
+# The fast implementations share an interface: forward returns out and what backward needs beside it, namely lse (B, H, T), the
+# log of the softmax's denominator, and diff (B, H, T, D) and diff_one (B, H, T), which are sum_j s_ij p_ij v_j and
+# sum_j s_ij p_ij, with p_ij the softmax weights and s_ij the sign of lambda_q,i - lambda_k,j. (attention_triton returns other
+# tensors in the places of diff and diff_one.) decay (B, H, T) is the running sum of log_decay.
 
 
 @torch.library.custom_op("tauformer::attention", mutates_args=())
@@ -179,7 +180,7 @@ def fast_attention_backward(
     diff_one: torch.Tensor,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of lambda_q, lambda_k, v, temperature, and (B, H, T) of the log weight of every key."""
+    """Gradients of lambda_q, lambda_k, v and temperature, and (B, H, T) those of the keys' log weights, bias_j - decay_j."""
     with float32_on_device_of(v):
         return backend(impl).backward(
             dense_rows(grad),
@@ -234,7 +235,7 @@ fast_attention.register_autograd(_backward, setup_context=_save)
 
 @contextmanager
 def float32_on_device_of(v):
-    """On the GPU of v, and with float32 products in float32 also where training has set them to TF32."""
+    """Inside the block v's GPU is the current one, and float32 matrix products are float32 even if training has allowed TF32."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -253,7 +254,7 @@ def dense_rows(x):
 
 
 def by_token(x):
-    """x (B, H, T, D), laid out in memory as (B, T, H, D), as the projections around the operator want it."""
+    """x (B, H, T, D), laid out in memory as (B, T, H, D), the layout that the projections around the operator use."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -266,21 +267,21 @@ def backend(impl):
 
 
 def fastest(device, context):
-    """The impl that "auto" takes on a device: "short" contexts below 256 tokens, "long" ones from long_from(device) on."""
+    """The impl that "auto" takes on a device. context: "short" is below 256 tokens, "long" from long_from(device) on, else "medium"."""
     return _fastest(device, context)
 
 
 def long_from(device):
-    """The tokens from which on a device that is no CPU takes the tree."""
+    """The context, in tokens, from which a device other than a CPU takes the tree."""
     return TREE_FROM if device == "cuda" and gpu_kernels() else 4096
 
 
-# torch.compile asks once and does not look inside: torch.compiler.assume_constant_result, without the seconds of its import
+# torch.compile calls these once and does not trace them: torch.compiler.assume_constant_result, without the seconds of its import
 fastest._dynamo_marked_constant = long_from._dynamo_marked_constant = True
 
 
 @functools.cache
-def _fastest(device, context):  # says its choice, where there is one, and so once, on standard error
+def _fastest(device, context):  # reports its choice on standard error; cached, so once each
     tiles = device == "cuda" and gpu_kernels()
     if context == "short" and not tiles:
         return "naive"
@@ -288,7 +289,7 @@ def _fastest(device, context):  # says its choice, where there is one, and so on
         try:
             load_walk()
             impl, reason = "walk", "compiled for this CPU"
-        except Exception as error:  # no compiler, or one that does not know this code
+        except Exception as error:  # no compiler, or one that cannot compile this code
             impl, reason = "tree", f"attention.cpp could not be compiled: {str(error).splitlines()[0]}"
     else:
         impl = "tree" if context == "long" else "triton" if tiles else "naive"
@@ -302,7 +303,7 @@ def _fastest(device, context):  # says its choice, where there is one, and so on
 
 @functools.cache
 def gpu_kernels():
-    """Whether attention_triton.py can be used."""
+    """Whether attention_triton.py can be used on the current device: triton, CUDA, compute capability 8.0 or later."""
     return (
         importlib.util.find_spec("triton") is not None
         and torch.cuda.is_available()
@@ -312,7 +313,7 @@ def gpu_kernels():
 
 
 def check_triton(v):
-    """Raises ValueError where impl="triton" does not apply to these values."""
+    """Raise ValueError unless impl="triton" applies to the values v (B, Hkv, T, D)."""
     try:
         from ops.attention_triton import INTERPRETED
     except ImportError as error:
@@ -329,11 +330,11 @@ def load_walk():
 
 
 def compiled(source, namespace):
-    """The operators of a C++ file, by its path from the root, compiled for this machine's processor at first use and kept in
-    torch's cache of extensions."""
+    """The torch.ops namespace of a C++ file, given by its path from the root: compiled for this machine's processor at first
+    use and kept in torch's extension cache."""
     import ninja
 
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of absent CUDA, not needed here
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns that CUDA is absent, which is not needed here
     from torch.utils.cpp_extension import get_default_build_root, load
 
     source = ROOT / source
@@ -349,9 +350,9 @@ def compiled(source, namespace):
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["PATH"] = ninja.BIN_DIR + os.pathsep + path
     try:
-        threads = ["-fopenmp"] if sys.platform == "linux" else []  # elsewhere one thread: torch brings no headers for it
-        with open(folder / "ours.lock", "w") as ours:  # one process compiles; the system frees this lock when it is killed,
-            fcntl.flock(ours, fcntl.LOCK_EX)  # but not torch's own, for which all later ones would wait without end
+        threads = ["-fopenmp"] if sys.platform == "linux" else []  # elsewhere one thread: torch ships no OpenMP headers
+        with open(folder / "ours.lock", "w") as ours:  # one process compiles; if it is killed, the system frees this lock,
+            fcntl.flock(ours, fcntl.LOCK_EX)  # but not torch's own lock file, for which later processes would wait forever
             (folder / "lock").unlink(missing_ok=True)
             load(
                 name,
@@ -372,9 +373,10 @@ def ahead(n, device, diagonal=1):
 
 
 class Tree:
-    """The walk's mathematics (attention.cpp) without its loop over items. At each level the sources are sorted and their
-    running sums made by chunks: inside a chunk the weights are a matrix, and what the chunks before hand on is one too.
-    A receiver looks up how far it reaches. Every exponent is <= 0 here too."""
+    """The mathematics of the walk (attention.cpp) without its loop over items. At each level the sources are sorted by
+    position and their running sums are computed chunk by chunk: one matrix product sums inside the chunks, another carries
+    sums from chunk to chunk. A receiver looks up the running sum at its rank among the sources. As in the walk, every
+    exponent is <= 0."""
 
     @staticmethod
     def forward(lambda_q, lambda_k, v, temperature, decay, bias):
@@ -418,7 +420,7 @@ class Tree:
 
     @staticmethod
     def positions(lambda_q, lambda_k, temperature, decay, bias):
-        """(x, w) of the keys and of the queries, each (B H, T): positions lambda / temperature and log weights."""
+        """(x, w) of the keys and (x, w) of the queries, each (B H, T): positions x = lambda / temperature and log weights w."""
         B, H, T = lambda_q.shape
         scalar, group = temperature.dtype, H // lambda_k.shape[1]
         xk = lambda_k.to(scalar).repeat_interleave(group, 1) / temperature[:, None]
@@ -429,19 +431,20 @@ class Tree:
 
     @staticmethod
     def sums(keys, queries, rows, group, backward):
-        """The pass of attention.cpp: sources (keys; backward: queries) to receivers. keys, queries: (x, w), each
-        (N, T); rows (N / group, T, E) of the sources. Returns sum and diff (N, T, E), times exp(scale), (N, T)."""
+        """The pass of attention.cpp, from sources (keys; backward: queries) to receivers (the others). keys, queries:
+        (x, w), each (N, T); rows: (N / group, T, E), of the sources. Returns (sum, diff, scale): sum and diff, (N, T, E),
+        are in units of exp(scale), (N, T)."""
         (xs, ws), (xr, wr) = (queries, keys) if backward else (keys, queries)
         N, T = xs.shape
         E, device = rows.shape[-1], rows.device
         levels = max(0, math.ceil(math.log2(T / LEAF)))
-        C = -(-T // 2**levels)  # tokens of a leaf, items of a chunk
+        C = -(-T // 2**levels)  # tokens per leaf, items per chunk
         padded = C * 2**levels
         xs, xr, wr = (torch.nn.functional.pad(x, (0, padded - T)) for x in (xs, xr, wr))
         ws = torch.nn.functional.pad(ws, (0, padded - T), value=NOTHING)
         rows = torch.nn.functional.pad(rows, (0, 0, 0, padded - T)).flatten(0, 1)
         head = (torch.arange(N, device=device) // group * padded)[:, None]  # where a head's rows begin
-        plus = -1 if backward else 1  # diff: keys below less keys above, or queries above less queries below
+        plus = -1 if backward else 1  # diff: keys below minus keys above, or queries above minus queries below
 
         # leaves: (N, leaves, receiver, source)
         future = ahead(C, device)
@@ -465,7 +468,7 @@ class Tree:
 
     @staticmethod
     def level(xs, ws, rows, head, xr, wr, total, diff, scale, half, C, backward):
-        """From the sources in one half of every 2 half tokens to the receivers in the other; total, diff, scale in place."""
+        """From the sources in one half of each block of 2 * half tokens to the receivers in the other; updates total, diff, scale."""
         N, padded = xs.shape
         E, device = rows.shape[-1], rows.device
         plus, future = -1 if backward else 1, ahead(C, device)
@@ -477,20 +480,20 @@ class Tree:
         chunk = lambda x: x.unflatten(2, (-1, C))  # (N, pairs, chunks, C, ...)
         source_rows = chunk(rows[(head[..., None] + begin + order).flatten()].view(N, pairs, half, E))
 
-        # sources below a receiver; a tie counts as a key below the query
+        # how many sources are below each receiver; at a tie the key counts as below the query
         position, log_weight = pair(xr, not backward).contiguous(), pair(wr, not backward)
         rank = torch.searchsorted(x, position, right=not backward)
         mine = lambda x: pair(x, not backward)
         parts = []
         for up in (True, False):
-            # sum_j of the sources from the first one to j, in the scale reach_j; downwards, from the last one
+            # sums_j: the sum of the sources up to j, in units of exp(reach_j); downwards, of those from j on
             value = w + x if up else w - x
             reach = value.cummax(-1)[0] if up else value.flip(-1).cummax(-1)[0].flip(-1)
             reach_c = chunk(reach)
             inside = (chunk(value)[..., None, :] - reach_c[..., :, None]).to(rows.dtype)
             inside.masked_fill_(future if up else future.T, -torch.inf)
             sums = inside.exp_() @ source_rows  # (N, pairs, chunks, C, E)
-            if half > C:  # and of all chunks before
+            if half > C:  # plus the sum of all chunks before
                 ends = reach_c[..., -1 if up else 0]  # (N, pairs, chunks)
                 before, later = ends.roll(1 if up else -1, -1), ahead(half // C, device, 0)
                 carry = ends[..., None, :] - before[..., :, None]

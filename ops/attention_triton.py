@@ -1,36 +1,38 @@
-"""The operator on a GPU: flash attention's tiles (Dao 2023), whose weights need no Q K^T and hardly an exponential.
+"""The operator on a GPU, in flash attention's tiles (Dao 2023), but without Q K^T and with hardly any exponentials.
 
-Notation of the paper and of attention.naive, for one head, c being the running sum of log_decay:
+In the notation of the paper and of attention.naive, for one head, with c the running sum of log_decay:
 
     P_ij = exp(-|lambda_q,i - lambda_k,j| / temperature + bias_j + c_i - c_j - lse_i)      j <= i,   sum_j P_ij = 1
     out  = P V
     dP   = dout V^T,   dS = P * (dP - delta),   delta_i = dout_i . out_i      the softmax's gradient
     dV   = P^T dout
-    dlambda_q,i = -sum_j dS_ij sign_ij / temperature      sign_ij that of lambda_q,i - lambda_k,j, + at a tie
+    dlambda_q,i = -sum_j dS_ij sign_ij / temperature      sign_ij: the sign of lambda_q,i - lambda_k,j, + at a tie
     dlambda_k,j =  sum_i dS_ij sign_ij / temperature
-    dtemperature = -(lambda_q . dlambda_q + lambda_k . dlambda_k) / temperature      for P has lambda / temperature only
-    dweight_j    = sum_i dS_ij                            weight_j = bias_j - c_j; what c_i gets is sum_j dS_ij = 0
+    dtemperature = -(lambda_q . dlambda_q + lambda_k . dlambda_k) / temperature      for P depends on lambda / temperature only
+    dweight_j    = sum_i dS_ij                            weight_j = bias_j - c_j; the gradient of c_i, sum_j dS_ij, is 0
 
-One kernel makes all sums. Receivers take up the rows of sources: forward, queries those of keys, (V_j, 1); backward, keys those of
-queries, (dout_i, -delta_i), which gives dV and, by a dot product with V, dS's sums. Sources on the one side of a receiver, sign +,
-and on the other are summed apart, for there each weight is a product, of a factor of the source and one of the receiver:
+One kernel computes all sums. Receivers sum up rows of sources: in the forward pass queries receive the rows (V_j, 1) of keys; in the
+backward pass keys receive the rows (dout_i, -delta_i) of queries, which gives dV and, by a dot product with V, the sums of dS. The
+sources on either side of a receiver x, sign + and sign -, are summed separately, because on one side each weight is the product of a
+factor of the source y and one of the receiver:
 
-    exp(-|x - y| / temperature) = exp((y - p) / temperature) * exp((p - x) / temperature)    y <= x;  and the other way round
+    exp(-|x - y| / temperature) = exp((y - p) / temperature) * exp((p - x) / temperature)    for y <= x;  mirrored for y > x
 
-So a tile of weights is a choice: the source's factor `up` where it is at or below the receiver, 0 elsewhere, and `down` where it is
-above. The receiver's factors multiply the sums. p is the middle of the head's lambdas; factors do not overflow where these are at
-most NEAR temperatures apart. Where they are farther, and on the diagonal of a head with decay, a tile takes the exponential of
-each difference and rescales the sums as it finds greater ones (far_tile).
+So a tile of weights is a selection: the source's factor `up` where it is at or below the receiver and 0 elsewhere, and `down` where
+it is above. The receiver's factors multiply the finished sums. p is the middle of the head's lambdas; factors do not overflow if
+these span at most NEAR temperatures. If they span more, and on the diagonal of a head with decay, a tile takes the exponential of
+each difference and rescales the sums whenever it finds a greater exponent (far_tile).
 
-A tile is M receivers by N sources. Nothing of size T x T is kept: the forward pass leaves lse, out and
-spread_i = sum_j P_ij sign_ij (V_j - out_i), whose product with dout_i is what lambda_q,i gets. Every sum has one owner: no
-atomics, and with the same tiles the same bits. Matrix products a tile: two forward, two backward; flash attention has seven.
+A tile is M receivers by N sources. Nothing of size T x T is kept: the forward pass saves lse, out and
+spread_i = sum_j P_ij sign_ij (V_j - out_i), whose dot product with dout_i is -temperature times the gradient of lambda_q,i. Every sum
+has one owner: no atomics, and the same tiles give the same bits. A tile takes two matrix products forward and two backward; flash
+attention takes seven.
 
-Sums are float32; the products take V's type. In bfloat16 factors are rounded before anything is made of them, so that numerator and
-denominator agree. Tiles wholly in the future are not visited, nor those whose every weight has decayed below exp(-NEGLIGIBLE) of the
-query's own key's (reaches()).
+Sums are float32; matrix products take V's dtype. In bfloat16 the factors are rounded before anything is computed from them, so that
+numerator and denominator agree. Tiles entirely in the future are skipped, and so are those in which every weight has decayed below
+exp(-NEGLIGIBLE) times that of the query's own key (reaches()).
 
-For long contexts there is one level of the tree (attention.Tree) as a kernel too, which takes O(T)."""
+For long contexts one level of the tree (attention.Tree) is a kernel too, which takes O(T) time."""
 
 import torch
 import triton
@@ -39,22 +41,22 @@ import triton.language as tl
 NEGLIGIBLE = 40
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the same code on a CPU, slowly
 NOTHING = tl.constexpr(-1e30)
-NEAR = tl.constexpr(32.0)  # temperatures: a factor is exp(16) at most, and of a bias
-NEAR_BIAS = tl.constexpr(11.0)  # exp(27), far from where float32 and bfloat16 end, exp(88)
+NEAR = tl.constexpr(32.0)  # temperatures: a factor is at most exp(16), times that of the bias:
+NEAR_BIAS = tl.constexpr(11.0)  # exp(27) in all, far below the largest float32 and bfloat16, exp(88)
 
 
 @triton.jit
 def product(x, y, INTERPRET: tl.constexpr):
-    """x @ y in float32, x rounded to y's type."""
+    """x @ y with float32 sums; x is rounded to y's dtype."""
     x = x.to(y.dtype)
-    if INTERPRET:  # whose products of bfloat16 are wrong
+    if INTERPRET:  # the interpreter's bfloat16 products are wrong
         return tl.dot(x.to(tl.float32), y.to(tl.float32), input_precision="ieee")
-    return tl.dot(x, y, input_precision="tf32x3")  # of float32: on tensor cores, to about 1e-6
+    return tl.dot(x, y, input_precision="tf32x3")  # float32 inputs: on tensor cores, to about 1e-6
 
 
 @triton.jit
 def rows(x, t, d, stride, T, D: tl.constexpr, WIDTH: tl.constexpr, ALL: tl.constexpr):
-    """Rows t of x (T, D), and zeros beyond it: (len(t), WIDTH). ALL: no t is beyond."""
+    """Rows t of x (T, D), padded with zeros to (len(t), WIDTH). ALL: every t is below T."""
     place = x + t.to(tl.int64)[:, None] * stride + d[None, :]
     if not ALL:
         return tl.load(place, mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
@@ -85,7 +87,7 @@ def key_kernel(
     PAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """middle (B, H, 2): p, and whether the head's lambdas are near one another. Factors and log weights of a block of keys as sources."""
+    """Writes middle (B, H, 2), p and whether the head's lambdas are near one another; and a block of keys' factors and log weights."""
     head = tl.program_id(0).to(tl.int64)
     kv = head // GROUP
     lambda_q, lambda_k = lambda_q + head * T, lambda_k + kv * T
@@ -104,7 +106,7 @@ def key_kernel(
             greatest_bias = tl.maximum(greatest_bias, tl.abs(entries(bias, t, T, 0.0).to(tl.float32)))
     least, greatest = tl.min(least, 0), tl.max(greatest, 0)
     p = (least + greatest) * 0.5
-    near = ((greatest - least) * sharpness <= NEAR) & (tl.max(greatest_bias, 0) <= NEAR_BIAS) & (not HALF)  # float16 ends at 2^-24
+    near = ((greatest - least) * sharpness <= NEAR) & (tl.max(greatest_bias, 0) <= NEAR_BIAS) & (not HALF)  # float16: 0 below 2^-24
     tl.store(middle + head * 2, p)
     tl.store(middle + head * 2 + 1, near.to(tl.float32))
 
@@ -120,8 +122,8 @@ def key_kernel(
 
 @triton.jit
 def store_factors(factors, weight, t, x, away, w, one, T, PAD: tl.constexpr, TYPE: tl.constexpr):
-    """What a tile needs of its sources, (padded, 4): x, up, down and the number beside their row; zeros from T on. The factors are as
-    the product sees them."""
+    """Write what a tile needs of its sources, (padded, 4): x, up, down and the number that extends their row (1 or -delta); zeros
+    from T on. The factors up and down are rounded as in the matrix product."""
     there, place = t < T, factors + t * 4
     inside = t < tl.cdiv(T, PAD) * PAD
     tl.store(place, x, mask=inside)
@@ -157,7 +159,7 @@ def query_kernel(
     PAD: tl.constexpr,
     M: tl.constexpr,
 ):
-    """Of a block of queries: factors and log weights as sources, their rows, the gradient of lambda and the share of the temperature's."""
+    """Writes a block of queries' factors, log weights and rows, the gradient of lambda_q and its part of the temperature's."""
     head = tl.program_id(0).to(tl.int64)
     b, h = head // H, head % H
     t, d = tl.program_id(1) * M + tl.arange(0, M), tl.arange(0, WIDTH)
@@ -179,7 +181,7 @@ def query_kernel(
 
 @triton.jit
 def four(factors, s, N: tl.constexpr):
-    """The columns of factors (padded, 4): one load, of 16 bytes a source."""
+    """The columns x, up, down, one of factors (padded, 4) at the sources s, by one load of 16 bytes per source."""
     entry = tl.load(factors + s[:, None] * 4 + tl.arange(0, 4)[None, :])
     even, odd = tl.split(tl.reshape(entry, [N, 2, 2]))
     x, down = tl.split(even)
@@ -252,8 +254,8 @@ def far_tile(
     INTERPRET: tl.constexpr,
     N: tl.constexpr,
 ):
-    """Sums are in units of exp(scale). Off the diagonal a decay is the sum of two that are both <= 0, so that float32 is fine for
-    each; on it they are not, and a mask is needed."""
+    """The sums are in units of exp(scale). Off the diagonal the decay is the sum of two terms, split at c_edge, that are both <= 0, so
+    that float32 suffices for each; on the diagonal they would not be, and a causal mask is needed."""
     s = start + tl.arange(0, N)
     row = rows(source, s, d, source_t, T, D, WIDTH, BACKWARD or not DIAGONAL)
     y, _, _, one = four(factors, s, N)
@@ -290,7 +292,7 @@ def far_tile(
 
 @triton.jit
 def add(plus, minus, one_plus, one_minus, P_plus, P_minus, row, one, BACKWARD: tl.constexpr, INTERPRET: tl.constexpr):
-    """To the sums those of a tile."""
+    """Add a tile's sums to the sums."""
     plus += product(P_plus, row, INTERPRET)
     minus += product(P_minus, row, INTERPRET)
     if BACKWARD:
@@ -337,7 +339,7 @@ def sums_kernel(
     N: tl.constexpr,
 ):
     tile = tl.program_id(1)
-    first = (tile if BACKWARD else tl.num_programs(1) - 1 - tile) * M  # those with the most sources begin
+    first = (tile if BACKWARD else tl.num_programs(1) - 1 - tile) * M  # tiles with the most sources start first
     head = tl.program_id(0).to(tl.int64)
     b, h = head // H, head % H
     kv = b * (H // GROUP) + h // GROUP
@@ -348,11 +350,11 @@ def sums_kernel(
         bias += kv * T
     r, d = first + tl.arange(0, M), tl.arange(0, WIDTH)
     x, p = entries(receiver_x, r, T, 0.0), tl.load(middle + head * 2)
-    if not INTERPRET:  # adds 0: x takes the layout of products, so that weights are made where the next product wants them
+    if not INTERPRET:  # adds 0: gives x the layout of a product, so that the weights are computed where the next product needs them
         x += tl.sum(tl.dot(tl.zeros([M, 16], source.dtype.element_ty), tl.zeros([16, WIDTH], source.dtype.element_ty)), 1)
     sharpness = (1 / tl.load(temperature + h)).to(tl.float32)
     last = tl.minimum(first + M, T)
-    diagonal, past = first // N * N, last if not BACKWARD else tl.cdiv(first + M, N) * N  # where it begins, ends
+    diagonal, past = first // N * N, last if not BACKWARD else tl.cdiv(first + M, N) * N  # where it begins and ends
     begin, end = (past, T) if BACKWARD else (0, diagonal)
     c_r, c_edge = 0.0, 0.0
     if decay is not None:
@@ -557,14 +559,14 @@ def level_kernel(
     C: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """One level of the tree (attention.Tree), upwards: sources and receivers of a pair of halves in the order of their positions x,
-    C at a time. From chunk to chunk goes one state, the sum of all sources so far in the scale exp(held), which decays by the
-    distance between the chunks' first items. Inside a chunk the weights of sources in the sums of items are a matrix:
+    """One level of the tree (attention.Tree), upwards: visits sources and receivers of a pair of halves in the order of their
+    positions x, in chunks of C. From chunk to chunk it carries one state, the sum of all sources so far in units of exp(held), which
+    decays by the distance between the chunks' first items. Inside a chunk the sources' weights in the items' sums are a matrix:
 
         u_s = w_s + x_s,   reach_r = max of held and u_s, s <= r
         sum_r = sum_{s<=r} exp(u_s - reach_r) v_s + exp(held - reach_r) state      times exp(reach_r - x_r)
 
-    Receivers take up their sum. A program has COLS columns of one pair."""
+    Receivers add their sum to total and diff. A program computes COLS columns of one pair."""
     pair = tl.program_id(0).to(tl.int64)
     n, begin = pair // pairs, pair % pairs * 2 * half
     d, c = tl.program_id(1) * COLS + tl.arange(0, COLS), tl.arange(0, C)
@@ -610,12 +612,12 @@ def level_kernel(
         held = tl.max(reach, 0)
 
 
-# (M, N, warps, stages, registers of a thread at most) to choose from, on the first inputs of each head size, type and tuned_for(T)
+# (M, N, warps, stages, most registers per thread): autotuning picks one for each pass, head size, dtype and tuned_for(T) it meets
 TILES = [(64, 32, 4, 3, 168), (64, 64, 4, 3, None), (128, 64, 8, 3, None), (64, 32, 8, 3, None), (32, 32, 4, 2, None)]
 INTERPRETED_TILE = {"M": 64, "N": 64}
 KEYS_BLOCK, QUERIES_BLOCK = 1024, 32
-PAD = 128  # what the sources of a tile are padded to: a multiple of every N
-LEVEL_TILE = (64, 32, 4, 2)  # items of a chunk, columns, warps, stages
+PAD = 128  # the number of sources is padded to a multiple of this, which is a multiple of every N
+LEVEL_TILE = (64, 32, 4, 2)  # items per chunk, columns, warps, stages
 
 
 def launcher():
@@ -641,7 +643,7 @@ launch_keys, launch_queries, launch_level, launch_sums = (
 
 
 def level(xs, ws, rows, head, xr, wr, total, diff, scale, half, C, backward):
-    """attention.Tree.level, as a walk over the merged order of sources and receivers: upwards, and upwards from the other end."""
+    """attention.Tree.level as a walk over sources and receivers in one order: upwards, then, with positions negated, upwards again."""
     N, E, (items, columns, warps, stages) = len(xs), rows.shape[-1], LEVEL_TILE
     halves = lambda left, right: torch.cat([left.view(N, -1, 2, half)[:, :, 0], right.view(N, -1, 2, half)[:, :, 1]], -1)
     nothing = torch.full_like(xs, NOTHING.value)
@@ -685,7 +687,7 @@ def padded(T):
 
 
 def tuned_for(T):
-    """Lengths of the same number take the same tiles."""
+    """Lengths with the same value share their tiles."""
     return min(max(triton.next_power_of_2(T), 256), 8192)
 
 
@@ -694,9 +696,9 @@ def strides(*tensors):
 
 
 def reaches(lambda_q, lambda_k, temperature, decay, bias):
-    """(oldest, newest), each (B, H, T) int32: the first key that counts for a query, and the last query that a key counts for;
-    None without decay. c never rises: what is beyond has a weight of exp(-NEGLIGIBLE) of the query's own key's at most, by a
-    bound that is that of the head's farthest query for all."""
+    """(oldest, newest), each (B, H, T) int32: the first key that counts for each query, and the last query for which each key
+    counts; (None, None) without decay. Since c never rises, any weight beyond them is at most exp(-NEGLIGIBLE) times that of the
+    query's own key; the bound is the same for all queries of a head, that of the worst one."""
     if decay is None:
         return None, None
     group = lambda_q.size(1) // lambda_k.size(1)
@@ -710,7 +712,7 @@ def reaches(lambda_q, lambda_k, temperature, decay, bias):
 
 
 def forward(lambda_q, lambda_k, v, temperature, decay, bias):
-    """out (B, H, T, D) in v's type, lse (B, H, T), (2, B, H, T, D) of spread and of what rounding took from out, and middle (B, H, 2)."""
+    """(out (B, H, T, D) in v's dtype, lse (B, H, T), (2, B, H, T, D): spread and the rounding error of out, middle (B, H, 2))."""
     (B, H, T), D = lambda_q.shape, v.shape[-1]
     out, lse = v.new_empty(B, T, H, D).transpose(1, 2), temperature.new_empty(B, H, T)
     spread, middle = v.new_empty(2, B, H, T, D), lambda_q.new_empty(B, H, 2)

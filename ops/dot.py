@@ -7,12 +7,13 @@ import torch.nn.functional as F
 
 from ops.attention import add_terms, finest
 
-DOT_SCALE = 1.2  # sharpens the weights of queries and keys that are normed
+DOT_SCALE = 1.2  # sharpens the softmax of normed queries and keys
 
 
 def dot_attention(q, k, v, scale=DOT_SCALE, log_decay=None, key_bias=None):
-    """The twin's operator: softmax(scale q.k / sqrt(D) + what tau_attention adds to its logits), causal. q (B, H, Tq, D) are
-    the last Tq of the T positions of k and v (B, Hkv, T, D), scale a number or (H,); returns (B, H, Tq, D)."""
+    """The twin's operator, causal: the logits are scale q.k / sqrt(D), plus the decay and bias that tau_attention adds to its own.
+    q (B, H, Tq, D) are the last Tq of the T positions of k and v (B, Hkv, T, D), scale is a number or (H,). Returns (B, H, Tq, D)
+    in q's dtype."""
     Tq, T, D, group = q.size(2), k.size(2), k.size(3), q.size(1) // k.size(1)
     if torch.is_tensor(scale):
         q, scale = q * scale.view(-1, 1, 1).to(q.dtype), 1.0
@@ -31,28 +32,28 @@ def dot_attention(q, k, v, scale=DOT_SCALE, log_decay=None, key_bias=None):
 
 
 def with_key_weights(q, k, v, log_decay, key_bias):
-    """q, k and v with more numbers, for flash attention: to q.k they add what a key weighs, bias_j - c_j, where c is the running
-    sum of log_decay; c_i, the same for all keys, softmax does not see. Keys have the weight in three parts, so that it is
-    whole in bfloat16 too, for each of the heads that read them; queries have ones, values zeros. The logits are as large as c, so
-    that a weight is off by 2^-24 c at most: 6e-5 of itself where the decays before it sum to 1,000."""
+    """q, k and v with extra columns, with which flash attention adds to q.k the key's log weight bias_j - c_j, where c is the running
+    sum of log_decay (c_i is the same for all keys of a query, so it cancels in the softmax). Each key holds its log weight once
+    per query head that reads it, in three parts, which keep float32's precision in bfloat16; queries hold ones, values zeros. The
+    logits are as large as c, so a softmax weight is off by at most 2^-24 c of itself: 6e-5 where the decays before it sum to 1,000."""
     (B, H, T, D), Hkv = q.shape, k.size(1)
     weight = 0 if log_decay is None else -log_decay.to(finest(q.device)).cumsum(-1)
     if key_bias is not None:
         weight = weight + key_bias.to(finest(q.device)).repeat_interleave(H // Hkv, 1)
-    high = weight + (weight.bfloat16() - weight).detach()  # with the whole gradient
+    high = weight + (weight.bfloat16() - weight).detach()  # high carries the whole gradient
     rest = (weight - high).detach()
     parts = torch.stack([high, rest.bfloat16(), rest - rest.bfloat16()], -1).to(k.dtype)  # (B, H, T, 3)
     parts = parts.view(B, Hkv, -1, T, 3).movedim(2, 3).flatten(3)
     ones = torch.eye(H // Hkv, dtype=q.dtype, device=q.device).repeat_interleave(3, 1).repeat(Hkv, 1)[:, None].expand(B, H, T, -1)
-    width = -(-(D + ones.size(-1)) // 8) * 8  # as flash attention wants it
+    width = -(-(D + ones.size(-1)) // 8) * 8  # flash attention wants a multiple of 8
     padded = lambda x: F.pad(x, (0, width - x.size(-1)))
     return padded(torch.cat([q, ones], -1)), padded(torch.cat([k, parts], -1)), padded(v)
 
 
 def window_attention(q, k, v, log_decay, key_bias, window, scale):
-    """dot_attention to the last `window` tokens, the query's own among them: q (B, H, Tq, D) are the last Tq of the T <= Tq +
-    window - 1 positions of k and v (B, Hkv, T, D), log_decay (B, H, T) and key_bias (B, Hkv, T) or None, scale a number or
-    (H,). O(T window)."""
+    """dot_attention to the last `window` tokens, the query's own included: q (B, H, Tq, D) are the last Tq of the T <= Tq +
+    window - 1 positions of k and v (B, Hkv, T, D); log_decay (B, H, T) and key_bias (B, Hkv, T), or None; scale is a number or
+    (H,). Returns (B, H, Tq, D). O(T window) time."""
     (B, H, Tq, D), Hkv, T = q.shape, k.size(1), k.size(2)
     if T <= window:
         return dot_attention(q, k, v, scale, log_decay, key_bias)

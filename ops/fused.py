@@ -1,5 +1,5 @@
-"""The model's pieces whose backward passes are written by hand, for speed and memory: each keeps one or two tensors, and
-the loss never makes the logits whole. The formulas are in model.py, where they are called."""
+"""The parts of the model whose backward passes are written by hand, for speed and memory: each saves one or two tensors, and
+the loss never holds all logits at once. The formulas are in model.py, where these parts are called."""
 
 import math
 
@@ -13,7 +13,7 @@ LOSS_CHUNK = 128  # tokens whose logits are in memory at once, or a 32nd of the 
 
 
 class RMSNorm(torch.autograd.Function):
-    """norm(), which keeps its result for the gradient: the layer behind it keeps that anyway. In float32 at least."""
+    """norm(), which saves its output for the gradient: the next layer saves that anyway. In float32 at least."""
 
     @staticmethod
     def forward(ctx, x):
@@ -31,7 +31,7 @@ class RMSNorm(torch.autograd.Function):
 
 
 def by_head(x, matrices):
-    """x (B, T, H, D) times the matrix of its head, (H, D, D)."""
+    """x (B, T, H, D) times each head's matrix, (H, D, D) -> (B, T, H, D)."""
     return torch.bmm(x.flatten(0, 1).transpose(0, 1), matrices).transpose(0, 1).unflatten(0, x.shape[:2])
 
 
@@ -40,7 +40,7 @@ def rayleigh_quotient(x, laplacian):
 
 
 class Energy(torch.autograd.Function):
-    """energy(), which keeps x alone for its gradient dE/dx = 2 (L x - E x) / (x^T x + eps). The Laplacian gets none."""
+    """energy(), which saves only x for its gradient dE/dx = 2 (L x - E x) / (x^T x + eps). The Laplacian gets no gradient."""
 
     @staticmethod
     def forward(ctx, x, laplacian):
@@ -57,7 +57,7 @@ class Energy(torch.autograd.Function):
 
 
 class SquaredReluMLP(torch.autograd.Function):
-    """relu(x W1^T)^2 W2^T, which keeps x and the relu alone for its gradients."""
+    """relu(x W1^T)^2 W2^T, which saves only x and the relu for its gradients."""
 
     @staticmethod
     def forward(ctx, x, up, down):
@@ -69,7 +69,7 @@ class SquaredReluMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, hidden, up, down = ctx.saved_tensors
-        dtype = grad.dtype  # the weights and x may be wider, under autocast
+        dtype = grad.dtype  # under autocast the weights and x may be wider
         grad_down = grad.flatten(0, 1).T @ hidden.square().flatten(0, 1)
         grad_hidden = (grad @ down.to(dtype)).mul_(hidden).mul_(2)
         grad_up = grad_hidden.flatten(0, 1).T @ x.to(dtype).flatten(0, 1)
@@ -77,8 +77,8 @@ class SquaredReluMLP(torch.autograd.Function):
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """Mean cross-entropy of softcapped logits x W^T, whose (N, vocab) matrix never stands in memory whole: some rows
-    at a time, in place, the gradients made in the same pass."""
+    """Mean cross-entropy of the softcapped logits x W^T, whose (N, V) matrix is never in memory as a whole: some rows at a
+    time, in place, and their gradients in the same pass."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, softcap, needs_grad):
@@ -97,8 +97,8 @@ class ChunkedLoss(torch.autograd.Function):
 
 
 def summed_loss(x, weight, targets, softcap, needs_grad, dtype):
-    """(sum over the rows of x, its gradients), those only if needed, and with a softcap a quarter of them. dtype: of the
-    matrix products."""
+    """(loss summed over the rows of x, float32; its gradients of x and of weight, None if not needed). With a softcap the
+    gradients are a quarter of the true ones. dtype: of the matrix products."""
     loss = x.new_zeros((), dtype=torch.float32)
     grad_x, grad_weight = (torch.zeros_like(x), torch.zeros_like(weight)) if needs_grad else (None, None)
     chunk = min(len(x), max(LOSS_CHUNK, math.ceil(len(x) / 32)))
@@ -115,7 +115,7 @@ def summed_loss(x, weight, targets, softcap, needs_grad, dtype):
         p = torch.softmax(z, -1, out=softmax[:n])
         log_denominator = z.amax(-1) - p.amax(-1).log()
         loss += (log_denominator - z.gather(1, target)[:, 0]).sum()
-        if needs_grad:  # of the logits: softmax, less 1 at the target, and a quarter of the softcap's derivative
+        if needs_grad:  # of the logits: softmax, minus 1 at the target, times a quarter of the softcap's derivative
             p.scatter_add_(1, target, p.new_full((n, 1), -1))
             if softcap:
                 p.mul_(s.addcmul_(s, s, value=-1))
@@ -132,7 +132,7 @@ def summed_loss(x, weight, targets, softcap, needs_grad, dtype):
 def summed_loss_on_cuda(
     x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, softcap: float, needs_grad: bool, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """summed_loss(), by a kernel where triton is to be had; gradients that are not needed are empty."""
+    """summed_loss(), by a Triton kernel where that is possible; gradients that are not needed are empty tensors."""
     if gpu_kernels():
         from ops.fused_triton import summed_loss as by_kernel
 

@@ -1,27 +1,28 @@
-"""The loss on a GPU: a kernel that turns a row of logits into its gradient, in place, so that each goes through memory once for
-the loss and once for the gradient (fused.ChunkedLoss is the same in plain torch)."""
+"""The loss on a GPU: a kernel that turns a row of logits into its gradient, in place, and reads it only twice, once for the loss and
+once for the gradient (fused.summed_loss is the same in plain torch)."""
 
 import torch
 import triton
 import triton.language as tl
 
 CHUNK = 4096  # tokens whose logits are in memory at once, or a 32nd of the batch if that is more
-ALIGNED = 64  # a multiple of it are the columns of the logits: matrix products of rows that begin anywhere are slow
+ALIGNED = 64  # the columns of the logits are padded to a multiple of it: matrix products of unaligned rows are slow
 BLOCK, WARPS = 8192, 16
 
 
 @triton.jit
 def capped(row, v, width, V, softcap, CAPPED: tl.constexpr):
-    """The logits at v, -inf from V on, after the softcap: softcap tanh(z / softcap) = softcap (2 sigmoid(2 z / softcap) - 1)."""
-    z = tl.load(row + v, mask=v < width, other=0.0).to(tl.float32)  # by the mask of V it could not read 16 bytes at once
+    """A row's logits v after the softcap, -inf from V on: softcap tanh(z / softcap) = softcap (2 sigmoid(2 z / softcap) - 1)."""
+    z = tl.load(row + v, mask=v < width, other=0.0).to(tl.float32)  # masked at V it could not read 16 bytes at once
     if CAPPED:
         z = softcap * (2 / (1 + tl.exp(-2 / softcap * z)) - 1)
     return tl.where(v < V, z, float("-inf"))
 
 
 def row_kernel(logits, targets, losses, width, V, softcap, CAPPED: tl.constexpr, NEEDS_GRAD: tl.constexpr, BLOCK: tl.constexpr):
-    """A row of logits (N, width), of which V count: its loss, log sum_v exp(z_v) - z_target, and in its place the gradient,
-    softmax(z) less 1 at the target, times a quarter of the softcap's derivative 1 - (z / softcap)^2, and zeros from V on."""
+    """A row of logits (N, width), of which the first V count: writes its loss, log sum_v exp(z_v) - z_target, and overwrites the row
+    with its gradient, softmax(z) minus 1 at the target, times, if there is a softcap, a quarter of its derivative
+    1 - (z / softcap)^2; zeros from V on."""
     n = tl.program_id(0).to(tl.int64)
     row, target = logits + n * width, tl.load(targets + n)
     at_target = capped(row, target, width, V, softcap, CAPPED)  # before anything is overwritten: the sums below wait for all threads
@@ -47,7 +48,7 @@ launch_rows = triton.jit(row_kernel)
 
 
 def summed_loss(x, weight, targets, softcap, needs_grad, dtype):
-    """As fused.summed_loss."""
+    """As fused.summed_loss(), but gradients that are not needed are empty tensors."""
     N, V = len(x), len(weight)
     width = triton.cdiv(V, ALIGNED) * ALIGNED
     W = torch.nn.functional.pad(weight.to(dtype), (0, 0, 0, width - V))

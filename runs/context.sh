@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What becomes of the loss where a text is longer than those a model was trained on, and what the stream's bins cost? Two small
-# models, the published form and the best one, whose temperatures are learned and sharp, on a JSONL file of yours:
+# How does the loss change in texts longer than the context a model was trained on, and what do the stream cache's bins cost? Two
+# small models, the published form and the best one, whose temperatures are learned and sharp, on a JSONL file of yours:
 #
 #     bash runs/context.sh FILE.jsonl
 #

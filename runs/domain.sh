@@ -4,16 +4,15 @@
 #
 #     bash runs/domain.sh FILE.jsonl ["1 2 3"]
 #
-# 1. From scratch: the domain's graph or one with the same degrees and weights on other edges, token embeddings at random
-#    or the domain's own, all of the corpus or a tenth of it.
+# 1. From scratch: with the domain's graph or one with the same degrees and weights on other edges, with random token embeddings
+#    or the domain's own, on all of the corpus or a tenth of it.
 # 2. The models of Python's documentation, fine-tuned on the other domain: with their own memory, with that domain's, or
 #    with a random one.
-# 3. The models of all of the corpus with their own graph, their memory swapped for another: results/my_NAME_swaps.jsonl.
-#
+# 3. The models trained on all of a corpus with its own graph, their memory swapped for another: results/my_NAME_swaps.jsonl.
 # 4. How well energies tell the other domain's held-out documents from Python's: results/my_NAME_energies.txt.
 #
-# 66 runs for three seeds, an hour and a half on two cores. Finished ones are left, those interrupted go on. Their lines go to
-# results/my_NAME.jsonl, NAME=domain unless it is set.
+# 66 runs for three seeds, an hour and a half on two cores. Finished runs are not repeated, interrupted ones go on. Their lines go
+# to results/my_NAME.jsonl, NAME=domain unless it is set.
 [ $# -ge 1 ] || { echo 'usage: bash runs/domain.sh FILE.jsonl ["SEEDS"]' >&2; exit 2; }
 [ -f "$1" ] || { echo "runs/domain.sh: $1 is not a file" >&2; exit 2; }
 text=$(realpath "$1") seeds=${2:-1 2 3}
@@ -22,7 +21,7 @@ name=$(own_name "${NAME:-domain}")
 numbers SEEDS "$seeds"
 own=$(corpus_name "$text")
 
-graphs() {  # those of a corpus of 128 features
+graphs() {  # CORPUS: its embeddings and graphs of 128 features
     [ -f "$1/token_embeddings.npy" ] || show python data/embed.py "$1" --dim=128 --overwrite
     [ -f "$1/laplacian.parquet" ] || show python build_laplacian.py "$1/embeddings.npy" --out="$1/laplacian.parquet"
     [ -f "$1/random.parquet" ] || show python build_laplacian.py "$1/embeddings.npy" --graph=random --out="$1/random.parquet"

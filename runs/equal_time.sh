@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Who is ahead after the same time at a long context? Tau with its switches against dot product with those that apply to it (on flash
-# attention, forget gate and key bias too), 4,096 tokens a step in one sequence, on a JSONL file of yours (the figures of
-# docs/quality.md are of security advisories):
+# Which is ahead after the same wall-clock time at a long context? Tau with its switches against dot product with those that apply to
+# it (on flash attention, with forget gate and key bias too), one sequence of 4,096 tokens per step, on a JSONL file of yours (the
+# figures of docs/quality.md are of security advisories):
 #
 #     bash runs/equal_time.sh FILE.jsonl ["1 2 3"]
 #
-# Twenty minutes each (SECONDS_EACH=1200), the two side by side, of one thread each, with the machine to itself: an hour
-# for three seeds. Those that are finished are left. The losses go to results/my_NAME/, NAME=equal_time_FILE unless it is
-# set (those of docs/quality.md are in results/equal_time/).
+# Twenty minutes each (SECONDS_EACH=1200), the two side by side with one thread each, on a machine that does nothing else: an hour
+# for three seeds. Finished runs are not repeated. The losses go to results/my_NAME/, NAME=equal_time_FILE unless it is set
+# (those of docs/quality.md are in results/equal_time/).
 [ $# -ge 1 ] || { echo 'usage: bash runs/equal_time.sh FILE.jsonl ["SEEDS"]' >&2; exit 2; }
 [ -f "$1" ] || { echo "runs/equal_time.sh: $1 is not a file" >&2; exit 2; }
 text=$(realpath "$1") seeds=${2:-1 2 3}

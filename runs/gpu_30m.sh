@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The 30M models on one GPU, in pieces as long as there is one for:
+# The 30M models on one GPU, in pieces, where one is there for a limited time only:
 #
 #     PARTS="a b c" LIMIT=540 bash runs/gpu_30m.sh [--key=value ...]
 #
 # a: tau_30m, the published run, 5,000 steps. b: its twin dot_30m, and tau_30m_best and dot_30m_best, 1,500 steps each, on the same
-# batches. c: of each that there is, three samples and the loss on the held-out records. LIMIT: seconds after which it ends; what is
-# unfinished is saved, and the same command goes on. The corpus and its Laplacian must be in DATA (data/cve; runs/tau_30m.sh makes
-# them). Metrics, samples and the table go to results/my_NAME (NAME=30m), checkpoints to out/gpu_30m. Options go to train.py. Needs no
-# network: it takes .venv if there is one, else the python3 that is active (or PYTHON).
+# batches. c: for each model that is there, three samples and the loss on the held-out records. After LIMIT seconds it saves what is
+# unfinished and ends; the same command goes on. The corpus and its Laplacian must be in DATA (data/cve; runs/tau_30m.sh makes them).
+# Metrics, samples and the table go to results/my_NAME (NAME=30m), checkpoints to out/gpu_30m. Options go to train.py. Needs no
+# network: it takes .venv if there is one, else the active python3 (or PYTHON).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 deadline=$((SECONDS + ${LIMIT:-540}))

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# One run on several machines. Start the same line on each of them; the folder must be one that all share:
+# One run on several machines. Start the same command on each of them, in a folder that all share:
 #
 #     bash runs/multinode.sh NODES HEAD_NODE:PORT GPUS_A_NODE CONFIG.toml [--key=value ...]
 #
-# A process that dies takes the run back to the last checkpoint by itself, three times at most. The global batch is the
-# config's whatever the machines: grad_accum_steps must be a multiple of NODES x GPUS_A_NODE.
+# If a process dies, the run goes back to the last checkpoint by itself, three times at most. The global batch is the config's,
+# whatever the number of machines: grad_accum_steps must be a multiple of NODES x GPUS_A_NODE.
 [ $# -ge 4 ] || { echo "usage: bash runs/multinode.sh NODES HEAD_NODE:PORT GPUS_A_NODE CONFIG.toml [--key=value ...]" >&2; exit 2; }
 nodes=$1 head=$2 gpus=$3 config=$(realpath "$4")
 shift 4

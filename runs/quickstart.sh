@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The main job on a small scale: from text to a trained Tauformer and a sample, in about six minutes on two CPU cores.
-# No network is needed once the packages are installed. What exists is used again; a training that was interrupted goes
-# on. Options are handed on to train.py: bash runs/quickstart.sh --max_steps=100
+# No network is needed once the packages are installed. What exists is used again; an interrupted training run goes on.
+# Options are handed on to train.py: bash runs/quickstart.sh --max_steps=100
 . "$(dirname "$0")/setup.sh"
 
 data=data/python_docs

@@ -10,18 +10,18 @@ command -v "$python" > /dev/null || { echo "$python not found: set PYTHON to Pyt
 echo "installing requirements.txt into .venv ..."
 pip install --quiet --disable-pip-version-check --requirement requirements.txt
 
-show() {  # a command, and then what it does
+show() {  # COMMAND ...: prints the command, then runs it
     printf '\n$'; printf ' %q' "$@"; printf '\n'
     "$@"
 }
 
-timed() {  # a command, and then how long it took
+timed() {  # COMMAND ...: runs the command, then prints how long it took
     local begin=$SECONDS
     "$@"
     echo "($((SECONDS - begin)) s)"
 }
 
-made() {  # OUTPUT INPUT ... -- COMMAND ...: runs the command, unless it has made OUTPUT already, of the same inputs
+made() {  # OUTPUT INPUT ... -- COMMAND ...: runs the command, unless it has made OUTPUT already, from the same inputs
     local output=$1 stamp again= inputs=()
     shift
     while [ "$1" != -- ]; do inputs+=("$1"); shift; done
@@ -41,24 +41,24 @@ print(stamp.hexdigest())
 END
 )
     shift
-    [ "$(cat "$output.made" 2> /dev/null)" != "$stamp" ] || again=--overwrite  # what a call that was killed left
+    [ "$(cat "$output.made" 2> /dev/null)" != "$stamp" ] || again=--overwrite  # what a killed call has left
     if [ -e "$output" ]; then
         [ -n "$again" ] || { echo "$0: $output was made otherwise, of another input or with other options: move its folder away" >&2; exit 2; }
         echo "$output: there already"
         return
     fi
     mkdir -p "$(dirname "$output")"
-    echo "$stamp" > "$output.made"  # before it: OUTPUT appears whole, as the last thing
+    echo "$stamp" > "$output.made"  # written first: OUTPUT appears last, and whole
     timed "$@" $again
 }
 
-own_name() { echo "my_${1#my_}"; }  # of results: those that came with the repository have the same names without "my_", and stay
+own_name() { echo "my_${1#my_}"; }  # NAME: my_NAME, for results; those that came with the repository have no "my_", and stay
 
-numbers() {  # NAME "1 2 3": of what may be set
+numbers() {  # NAME "1 2 3": refuses a setting that is not whole numbers
     [[ $2 =~ ^[0-9]+(\ +[0-9]+)*$ ]] || { echo "$0: $1=\"$2\" must be whole numbers" >&2; exit 2; }
 }
 
-corpus_name() {  # of a JSONL file; those of the corpora that the scripts make themselves are taken
+corpus_name() {  # FILE.jsonl: the name of its corpus; those of the corpora that the scripts make themselves are refused
     local name=$(basename "${1// /_}" .jsonl)
     case $name in python_docs | shakespeare_char | shakespeare_speeches)
         echo "$1: the scripts have a corpus $name of their own: rename the file" >&2; exit 2 ;;
@@ -66,7 +66,7 @@ corpus_name() {  # of a JSONL file; those of the corpora that the scripts make t
     echo "$name"
 }
 
-bpe_corpus() {  # FOLDER VOCAB_SIZE NAME [FILE.jsonl]: by data/NAME/prepare.py; a folder that holds just that already is taken
+bpe_corpus() {  # FOLDER VOCAB_SIZE NAME [FILE.jsonl]: by data/NAME/prepare.py; a folder that holds just this corpus already is used
     if [ ! -f "$1/meta.json" ]; then
         show python data/$3/prepare.py ${4:+"$4"} --out_dir="$1" --vocab_size=$2 --val_fraction=0.05
         return
@@ -88,4 +88,4 @@ run(main)
 END
 }
 
-last_line() { (trap '' INT TERM; tail -1); }  # of a program that ends by itself after Ctrl-C
+last_line() { (trap '' INT TERM; tail -1); }  # of a program's output; Ctrl-C is left to the program, which then ends by itself

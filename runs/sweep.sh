@@ -3,8 +3,7 @@
 #
 #     bash runs/sweep.sh NAME CONFIG.toml "1 2 3" [--key=value ...]
 #
-# The runs go to out/NAME/seed_S, their lines to results/my_NAME.jsonl. Those that are finished are left, one that was
-# interrupted goes on.
+# The runs go to out/NAME/seed_S, their lines to results/my_NAME.jsonl. Finished runs are not repeated, an interrupted one goes on.
 [ $# -ge 3 ] || { echo 'usage: bash runs/sweep.sh NAME CONFIG.toml "SEEDS" [--key=value ...]' >&2; exit 2; }
 name=$1 config=$(realpath "$2") seeds=$3
 shift 3

@@ -4,10 +4,10 @@ lambda = E / (E + tau), where tau is the median of E.
     python data/energy.py mine.jsonl --laplacian=data/mine/laplacian.parquet --embeddings=mine.npy
     python data/energy.py data/mine --laplacian=data/mine/laplacian.parquet --embeddings=data/mine --against=other.jsonl
 
-A document of low energy has like values on features that are neighbours in the graph: it is as the domain is. Prints
-percentiles and the least and greatest; with --against, how often a document of the first has the lower energy (the AUC).
-Writes NAME.energies.jsonl (of a folder: energies.jsonl in it), a line a document, "document" being its number among those
-that are not empty, from 0, and beside it a .png, the histogram."""
+A document of low energy has similar values on features that are neighbours in the graph: it is typical of the domain.
+Prints percentiles and the most and least typical documents; with --against, how often one of the first texts has a lower
+energy than one of the others (the AUC). Writes NAME.energies.jsonl (for a folder: energies.jsonl in it), one line per
+document, where "document" is its number, from 0, among those that are not empty, and beside it the histogram, a .png."""
 
 import json
 import sys
@@ -32,7 +32,7 @@ PERCENTILES = (5, 25, 50, 75, 95)
 
 
 def documents(path):
-    """The texts of a JSONL file, or the validation documents, which no embedding was made of, of a prepared corpus."""
+    """The texts of a JSONL file, or of a prepared corpus the validation documents, which the embeddings were not fitted to."""
     texts = list(Corpus(path).documents("val") if path.is_dir() else read_jsonl([path]))
     if not texts:
         raise UserError(f"{path} holds no documents")
@@ -40,7 +40,7 @@ def documents(path):
 
 
 def embeddings_of(texts, path, source):
-    """(N, F) float64: the rows of what build_laplacian.py takes; or made here, by a corpus folder's LSA or a sentence model."""
+    """(N, F) float64: read from such files as build_laplacian.py takes, or computed by a corpus folder's LSA or a sentence model."""
     if (Path(source) / "lsa.npz").exists():
         x = lsa_embeddings(texts, Path(source) / "lsa.npz").astype(np.float64)
     elif (Path(source) / "meta.json").exists():
@@ -69,7 +69,7 @@ def energies(x, L):
 
 
 def auc(low, high):
-    """The share of pairs, one of `low` (N,) and one of `high` (M,), in which the first is the less; a tie counts half."""
+    """The share of pairs, one of `low` (N,) and one of `high` (M,), in which the first is smaller; a tie counts half."""
     high = np.sort(high)
     below, upto = (np.searchsorted(high, low, side) for side in ("left", "right"))
     return float(1 - (below + upto).mean() / 2 / len(high))
@@ -92,7 +92,7 @@ def main():
         required=True,
         help=".npy or parquet with a row for each document; or what makes them: a corpus folder with an lsa.npz, or a sentence model",
     )
-    options.add_argument("--against", type=Path, metavar="TEXTS", help="other texts, to be told from the first")
+    options.add_argument("--against", type=Path, metavar="TEXTS", help="other texts, to tell apart from the first")
     options.add_argument("--against_embeddings", help="theirs (default: made by what --embeddings names)")
     options.add_argument(
         "--out", type=Path, metavar="FILE.jsonl", help="(default: NAME.energies.jsonl beside TEXTS, or energies.jsonl in a folder)"

@@ -3,15 +3,15 @@
     python studies/long_memory.py configs/shakespeare_char_tau.toml configs/shakespeare_char_dot.toml
     python studies/long_memory.py --results=results/long_memory.jsonl --figure=FILE.png       of results that are there, and their table
 
-copy       16 of the tokens are letters, the others blank; after the last the letters are to be said in their order
+copy       up to 16 of the tokens are letters, the others blank; after a mark the letters are to be repeated in their order
 recall     pairs of key and value; then some of the keys come again, and each is to be followed by its value
-needle     one marked letter among many others; after the mark comes again, that letter
-induction  random tokens; then some that stood once before come again, and each is to be followed by what followed it then
+needle     one marked letter among many others; the mark comes again, and is to be followed by that letter
+induction  random tokens; then some that occurred once before come again, and each is to be followed by what followed it then
 
-(The tasks on which the paper's author timed the model, here learned.) A config gives the attention: its model settings but
-for the size, which is 2 layers of width 64, on a chain. Training draws fresh sequences of 16 to 128 tokens; the tests
-go to 512. tau is the median energy of the first batch, as in train.py. A line of RESULTS for each task, config and seed; those that
-are there are left."""
+(The paper's author timed the model on these tasks; here they are learned.) A config gives the attention: all its model settings but
+the size, which is 2 layers of width 64; the graph is a chain. Training draws fresh sequences of 16 to 128 tokens; the tests
+go to 512. tau is the median energy of the first batch, as in train.py. RESULTS gets one line per task, config and seed; those that
+it has already are not run again."""
 
 import math
 import sys
@@ -82,21 +82,21 @@ TASKS = {task.__name__: task for task in (copy, recall, needle, induction)}
 
 
 def answers(model, idx, places):
-    """(logits (B, n, V), right tokens (B, n)) at the places of a batch idx (B, T) that are to be foretold."""
+    """(logits (B, n, V), right tokens (B, n)) at the n places of a batch idx (B, T) that are to be predicted."""
     idx = torch.from_numpy(idx)
     x = model(idx[:, :-1], head=False)[:, places - 1]
     return model.head(x), idx[:, places]
 
 
 def learn(config, task, seed, steps, batch_size, learning_rate):
-    """The accuracies, {length: share}, of a model of `config` after its training."""
+    """Train a model of `config` on a task; returns its accuracies, {length: share of right answers}."""
     torch.manual_seed(seed)
     D = config.head_size
     chain = laplacian_of(np.diag(np.ones(D - 1), 1) + np.diag(np.ones(D - 1), -1))
     model = Tauformer(config, torch.from_numpy(chain) if config.attention == "tau" else None)
     batch = lambda draw: task(draw, batch_size, int(draw.integers(16, TRAINED + 1)))
     if config.attention == "tau":
-        idx, _ = batch(np.random.default_rng(seed))  # the first one of the training
+        idx, _ = batch(np.random.default_rng(seed))  # the first of the training
         taumode.calibrate(model, [torch.from_numpy(idx)], Settings(tau_mode=config.tau_mode))
     draw = np.random.default_rng(seed)
     optimizer = optim.adamw(model, learning_rate, (0.9, 0.99), weight_decay=0.0)
@@ -124,13 +124,13 @@ def learn(config, task, seed, steps, batch_size, learning_rate):
 
 
 def attention_of(path):
-    """ModelConfig of a file of settings, but for the size."""
+    """The ModelConfig of a file of settings, but with SIZE."""
     names = {f.name for f in fields(ModelConfig)} - {"dropout", "n_kv_head", *SIZE}
     return ModelConfig(**SIZE, **{name: value for name, value in read_settings(path).items() if name in names})
 
 
 def read_results(path):
-    """The lines of a file of results; none where there is no file. Raises UserError for a damaged one."""
+    """The records in a file of results; none if there is no file. Raises UserError for a damaged one."""
     records = (
         [
             record
@@ -147,7 +147,7 @@ def read_results(path):
 
 
 def table(records):
-    """Markdown: the mean accuracy of the seeds, and in brackets the least."""
+    """Markdown: the mean accuracy over the seeds, and in brackets the lowest."""
     groups = {}
     for record in records:
         groups.setdefault((record["task"], record["form"]), []).append(record["accuracy"])
@@ -163,7 +163,7 @@ def table(records):
 
 
 def draw_accuracies(records, path):
-    """A panel for each task: the mean of the seeds against the length, and the range as a band."""
+    """A panel per task: the mean over the seeds against the length, and the range as a band."""
     import matplotlib
 
     matplotlib.use("agg")

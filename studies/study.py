@@ -5,7 +5,7 @@
     python studies/study.py results/study.jsonl --rows --against="tau, published"
 
 --rows is for runs in folders .../CORPUS/ROW/SEED, as runs/study.sh has them: a row for each ROW, columns for each CORPUS.
---against tells how much each is better than one of them, seed by seed."""
+--against tells how much better each row is than a given one, seed by seed."""
 
 import math
 import statistics
@@ -18,7 +18,7 @@ from training.config import NO_RESULT, Settings
 
 
 def read_results(paths, **more):
-    """The lines of the finished runs; of a run with several lines, the last. more: fields that they must have too."""
+    """The records of the finished runs; of a run with several, the last. more: further fields that they must have, with their types."""
     lines = {}
     for path in paths:
         for _, record in read_lines(path, run=str, config=str, best_loss=NUMBER, seconds=NUMBER, settings=dict, **more):
@@ -64,8 +64,8 @@ def table(records):
 
 
 def by_row(records):
-    """{ROW: {CORPUS: {SEED: its record}}} of runs in folders .../CORPUS/ROW/SEED; the rows from the best to the worst on the first
-    corpus, and each with every corpus."""
+    """{ROW: {CORPUS: {SEED: its record}}} of runs in folders .../CORPUS/ROW/SEED, from the best row to the worst on the first
+    corpus; every row has every corpus. Raises UserError for runs that do not belong in one table."""
     rows, texts, configs = {}, {}, {}
     for record in records:
         if len(parts := Path(record["run"]).parts) < 3:
@@ -103,7 +103,7 @@ def corpora_of(rows):
 
 
 def row_table(rows):
-    """Markdown: mean of the seeds' best validation losses, nats a token, and in brackets the greatest less the least."""
+    """Markdown: mean of the seeds' best validation losses, nats per token, and in brackets their range."""
     corpora = corpora_of(rows)
     lines = [
         "| | " + " | ".join(f"{corpus} | bits a byte | parameters" for corpus in corpora) + " | seeds |",
@@ -127,7 +127,7 @@ def row_table(rows):
 
 
 def gain_table(rows, against):
-    """Markdown: the validation loss of the row `against` less that of each row, with the same seed: mean, least and greatest."""
+    """Markdown: the validation loss of the row `against` minus that of each row, with the same seed: mean, least and greatest."""
     if against not in rows:
         raise UserError(f"--against={against}: no such row; there are: {'; '.join(rows)}")
     corpora = corpora_of(rows)
@@ -147,7 +147,7 @@ def gain_table(rows, against):
 
 
 def draw_rows(rows, path):
-    """A panel for each corpus: every seed's loss a point, the mean a bar."""
+    """A panel per corpus: a point for each seed's loss, a bar for the mean."""
     import matplotlib
 
     matplotlib.use("agg")

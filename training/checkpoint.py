@@ -1,7 +1,7 @@
 """A run's checkpoints: OUT_DIR/step_NNNNNNNN.safetensors, which a run resumes from, and OUT_DIR/best.safetensors, the
-model with the lowest validation loss. One file holds all it takes: tensors "model.*", "laplacian" and, to resume,
-"optimizer.*" and "ema.*", and in its header, as JSON, the model's "config", the "tokenizer", and "run", the RunState with
-the run's settings (data/checkpoint_file.py is the file's format)."""
+model with the lowest validation loss. One file holds everything: the tensors "model.*", "laplacian" and, to resume,
+"optimizer.*" and "ema.*"; and in its header, as JSON, the model's "config", the "tokenizer", and "run", the RunState and
+the run's settings. data/checkpoint_file.py defines the file format."""
 
 import math
 import sys
@@ -17,29 +17,29 @@ from training.processes import placed, whole
 
 @dataclass
 class RunState:
-    """How far a run is: all that it goes on with, beside weights, optimizer and running mean."""
+    """How far a run is: all that it resumes from, beside weights, optimizer state and the running mean of the weights."""
 
     step: int = 0
     tokens: int = 0
     best_loss: float = math.inf
-    stale: int = 0  # validations since the best one, or since the rate was halved
-    lr_scale: float = 1.0  # of the plateau rule
+    stale: int = 0  # validations since the best one, or since the learning rate was last halved
+    lr_scale: float = 1.0  # the plateau rule's factor on the learning rate
     elapsed_s: float = 0.0
     loss_average: float | None = None  # running mean of the training losses
     bad: int = 0  # steps in a row whose update was left out
-    skipped: int = 0  # all of them
-    narrow: dict = field(default_factory=dict)  # diagnostics.collapses
+    skipped: int = 0  # all such steps
+    narrow: dict = field(default_factory=dict)  # as diagnostics.collapses() counts
     wandb_id: str | None = None
 
     @classmethod
     def of(cls, header):
-        """That of a checkpoint."""
+        """The RunState in a checkpoint's header."""
         return cls(**{f.name: header["run"][f.name] for f in fields(cls) if f.name in header["run"]})
 
 
 def snapshot(model, optimizer=None, ema=None):
-    """The tensors of a checkpoint, whole and on the CPU, on rank 0; elsewhere none. Not copies, where they are so already.
-    ema: a running mean of the weights, in the order of model.parameters(). All processes call it."""
+    """{name: tensor} of a checkpoint: on rank 0 whole tensors on the CPU, elsewhere none. Tensors that are whole and on the
+    CPU already are not copied. ema: the running mean of the weights, in the order of model.parameters(). Collective."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for at, (name, weight) in enumerate(model.named_parameters()):
         if optimizer is not None:
@@ -55,15 +55,15 @@ def snapshot(model, optimizer=None, ema=None):
 
 
 def write(path, tensors, laplacian, config, tokenizer, state, settings):
-    """Write a checkpoint, whole or not at all. laplacian: (F, F) or None; tokenizer: what JSON can hold."""
+    """Write a checkpoint, whole or not at all. laplacian: (F, F) or None; tokenizer: its to_json()."""
     if laplacian is not None:
         tensors = tensors | {"laplacian": laplacian}
     save(path, tensors, {"config": asdict(config), "tokenizer": tokenizer, "run": asdict(state) | {"settings": asdict(settings)}})
 
 
 def to_resume(out_dir):
-    """(path, tensors, header) of the newest checkpoint to resume from that is whole; damaged ones are named on standard
-    error. Raises UserError if there is none."""
+    """(path, tensors, header) of the newest undamaged checkpoint to resume from; damaged ones are named on standard error.
+    Raises UserError if there is none."""
     damaged = []
     for path in steps(out_dir):
         try:
@@ -78,7 +78,8 @@ def to_resume(out_dir):
 
 
 def build_model(tensors, header, path, laplacian=None, **changes):
-    """The model of a checkpoint that read() gave: with another Laplacian and with changed config fields, if given."""
+    """The Tauformer of a checkpoint that read() returned. laplacian (F, F) and changes, fields of its config, replace its own.
+    Raises UserError if weights and config do not fit."""
     try:
         config = ModelConfig(**header["config"] | changes)
         if tokenizers.from_json(header["tokenizer"]).vocab_size != config.vocab_size:
@@ -91,8 +92,8 @@ def build_model(tensors, header, path, laplacian=None, **changes):
 
 
 def restore(model, optimizer, ema, path, tensors):
-    """Give the optimizer, and the running mean of the weights where there is one, what the checkpoint holds. A mean that the
-    run had not before starts from the weights."""
+    """Load the optimizer's state and, if the run keeps one, the running mean of the weights; a mean that the checkpoint does
+    not hold starts from the weights. Raises UserError for a missing or misshapen tensor."""
 
     def stored(name, like):
         tensor = tensors.get(name)

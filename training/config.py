@@ -1,4 +1,4 @@
-"""The settings of train.py: a line each with its meaning, read from a TOML file and overridden by --key=value."""
+"""The settings of train.py, one line each with its meaning: read from a TOML file and overridden by --key=value."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ class Settings(ModelSettings):
         "domain's own token vectors, DATA_DIR/token_embeddings.npy, scaled to that variance",
         one_of("normal", "domain"),
     )
-    tau_scope: str = setting("global", "global: block 0's number for every layer and head; head: one each", one_of("global", "head"))
+    tau_scope: str = setting("global", "global: block 0's tau for all layers and heads; head: one for each", one_of("global", "head"))
     tau_percentile: float = setting(75.0, "of tau_mode percentile", (lambda value: 0 <= value <= 100, "0 to 100"))
     tau_interval: int = setting(100, "steps between the moves of tau_mode adaptive", POSITIVE)
     tau_smoothing: float = setting(0.5, "share of log tau that such a move keeps", FRACTION)
@@ -43,13 +43,13 @@ class Settings(ModelSettings):
     )
     sampling: str = setting(
         "random",
-        "random: windows of the context's length begin anywhere, drawn anew for each batch; passes: they "
-        "stand side by side, and none is seen twice before all have been, each pass in another order",
+        "random: windows of the context's length that begin anywhere, drawn anew for each batch; passes: windows "
+        "side by side, none seen twice before all have been, each pass in another order",
         one_of("random", "passes"),
     )
     max_steps: int = setting(5000, "optimiser steps of the whole run", NOT_NEGATIVE)
     batch_size: int = setting(16, "sequences in memory at once, on each device", POSITIVE)
-    grad_accum_steps: int = setting(8, "such batches a step, all devices together", POSITIVE)
+    grad_accum_steps: int = setting(8, "batches per step, all devices together", POSITIVE)
     learning_rate: float = setting(5e-4, "after the warm-up", POSITIVE)
     warmup_steps: int = setting(100, "steps of linear warm-up", NOT_NEGATIVE)
     lr_schedule: str = setting(
@@ -65,14 +65,14 @@ class Settings(ModelSettings):
     beta2: float = setting(0.95, "AdamW", FRACTION)
     grad_clip: float = setting(1.0, "greatest norm of the gradient (0: no limit)", NOT_NEGATIVE)
     spike: float = setting(
-        0.0, "nats above the running mean of the losses, of 50 steps, from which a step is bad (0: none is)", NOT_NEGATIVE
+        0.0, "a step whose loss is this many nats above the running mean of about 50 steps is bad (0: none is)", NOT_NEGATIVE
     )
     skip_limit: int = setting(
         0,
-        "bad steps in a row, loss or gradient not finite or a spike, whose update is left out; at the next one the run stops",
+        "bad steps in a row (loss or gradient not finite, or a spike) whose update is left out; at the next one the run stops",
         NOT_NEGATIVE,
     )
-    ema_decay: float = setting(0.0, "of a running mean of the weights, which is what is validated and what best holds (0: none)", FRACTION)
+    ema_decay: float = setting(0.0, "decay of a running mean of the weights, which is then validated and saved as best (0: none)", FRACTION)
     # what is logged, and when
     eval_interval: int = setting(100, "steps between validations", POSITIVE)
     eval_iters: int = setting(20, "batches of a validation, spread evenly over val.bin, the same each time", POSITIVE)
@@ -90,10 +90,10 @@ class Settings(ModelSettings):
     dtype: str = setting(
         "auto", "auto: bfloat16 (autocast) where a CUDA device has it, else float32", one_of("auto", "float32", "bfloat16")
     )
-    deterministic: bool = setting(False, "on CUDA, only operations that give the same bits every time (others raise); a CPU's do")
+    deterministic: bool = setting(False, "on CUDA, use only operations that give the same bits every time (others raise); on a CPU all do")
     compile: bool = setting(False, "torch.compile the model")
     shard: str = setting(
-        "ddp", "of several processes, ddp: each holds the model whole; fsdp: a part of every weight", one_of("ddp", "fsdp")
+        "ddp", "with several processes: ddp, each holds the whole model; fsdp, each holds a part of every weight", one_of("ddp", "fsdp")
     )
     dry_run: bool = setting(False, "print parameters, memory, tokens and the time to expect, measured on 3 steps; write nothing")
     profile: bool = setting(False, "profile the third to fifth step into out_dir/profile.json (chrome://tracing)")
@@ -114,22 +114,22 @@ NO_RESULT = (
     "wandb_run_name",
     "dry_run",
     "profile",
-)  # what does not change a run
+)  # settings that config_hash() ignores
 
 
 def config_hash(settings):
-    """The same for runs that differ in their seed, their place and their logs alone."""
+    """A hash that is the same for runs that differ only in the settings of NO_RESULT: seed, folders, logs."""
     kept = {name: value for name, value in changed_settings(settings).items() if name not in NO_RESULT}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def changed_settings(settings):
-    """Those that are not at their defaults."""
+    """{name: value} of the settings that are not at their defaults."""
     return {f.name: getattr(settings, f.name) for f in fields(settings) if getattr(settings, f.name) != f.default}
 
 
 def checked(name, value, kind, source):
-    """The value of a setting, an int taken as a float where one is due. Raises UserError for a wrong type or value."""
+    """The value of a setting of type `kind`, an int converted where that is float. Raises UserError for a wrong type or value."""
     if kind is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
     if type(value) is not kind:
@@ -139,7 +139,7 @@ def checked(name, value, kind, source):
 
 
 def from_text(text, name, kind):
-    """The value that --name=text means."""
+    """The value that --name=text means. Raises UserError if it is no `kind`."""
     try:
         if kind is bool:
             return {"True": True, "False": False}[text]
@@ -149,11 +149,11 @@ def from_text(text, name, kind):
 
 
 def read_settings(path):
-    """{name: value} of a file of settings. Raises UserError for a broken file, an unknown key or a wrong type or value."""
+    """{name: value} of a TOML file of settings. Raises UserError for a broken file, an unknown key or a wrong type or value."""
     kinds = {f.name: f.type for f in fields(Settings)}
     try:
         values = tomllib.loads(path.read_text())
-    except (ValueError, RecursionError) as error:  # broken TOML or UTF-8, numbers of thousands of digits
+    except (ValueError, RecursionError) as error:  # broken TOML or UTF-8, or numbers with thousands of digits
         raise UserError(f"{path} is not a TOML file: {error}") from None
     for name in values:
         if name not in kinds:
@@ -163,10 +163,10 @@ def read_settings(path):
 
 def parse(description):
     """(settings, given) of the command line: the Settings, and the names of those set in the file or by --key=value.
-    Raises UserError for an unknown key, a wrong type or a value that makes no sense."""
+    Raises UserError for an unknown key, a wrong type or an invalid value."""
     kinds = {f.name: f.type for f in fields(Settings)}
     parser = Parser(description)
-    parser.add_argument("config", type=Path, metavar="CONFIG.toml", help="file of settings; --key=value goes before it")
+    parser.add_argument("config", type=Path, metavar="CONFIG.toml", help="file of settings; --key=value overrides it")
     for f in fields(Settings):
         default = "" if f.default == "" else f" [{f.default}]"
         parser.add_argument(f"--{f.name}", metavar=f.type.__name__.upper(), help=f.metadata["meaning"] + default)

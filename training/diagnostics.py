@@ -1,24 +1,25 @@
-"""What the energies do: per layer and head their percentiles, and how far and how sharply the heads look. train.py
-writes it to OUT_DIR/diagnostics.jsonl every diag_interval steps; plot.py --bands draws it."""
+"""Diagnostics of tau attention: per layer and head the percentiles of energies and lambdas, and how far back and how
+sharply the heads attend. train.py writes them to OUT_DIR/diagnostics.jsonl every diag_interval steps; plot.py --bands
+draws the lambdas."""
 
 import torch
 
 from ops.attention import attention_weights
 from training.taumode import tau_of
 
-QUERIES = 64  # the last ones of each sequence, whose attention is looked at
-NEAR = 16  # tokens, the query's own among them
+QUERIES = 64  # of each sequence, the last ones: their attention is measured
+NEAR = 16  # tokens, the query's own included
 PERCENTILES = (0.05, 0.5, 0.95)
-COLLAPSED = 0.01  # a head collapses when 90 % of its keys' lambdas lie within this, at ...
-IN_A_ROW = 3  # ... so many diagnostics in a row
+COLLAPSED = 0.01  # a head has collapsed when 90 % of its keys' lambdas lie within this range in ...
+IN_A_ROW = 3  # ... so many diagnostics, one after another
 
 
 @torch.no_grad()
 def diagnose(model, idx):
-    """Of tokens idx (B, T): {name: a list over layers of lists over heads}. "E_q", "E_k", "lambda_q", "lambda_k" hold
-    [p05, p50, p95] of queries' and keys' energies; "entropy" of the attention's rows, nats, and "near_mass", the share of
-    the weight on the query's own and the 15 tokens before, are means over the last 64 queries of each sequence;
-    "tau" that of the key heads. Local heads have no energies: the others are counted from 0."""
+    """{name: list over layers of lists over heads} for tokens idx (B, T) int64. "E_q", "E_k", "lambda_q" and "lambda_k"
+    hold [p05, p50, p95] of the queries' and keys' energies and lambdas. "entropy" of the softmax weights, in nats, and
+    "near_mass", the weight on the query's own token and the 15 before it, are means over the last 64 queries of each
+    sequence. "tau" is that of the key heads. Local heads have no energies: the tau heads are counted from 0."""
     with model.recording() as seen:
         model(idx, head=False)
     record = {name: [] for name in ("E_q", "E_k", "lambda_q", "lambda_k", "entropy", "near_mass")}
@@ -47,8 +48,8 @@ def diagnose(model, idx):
 
 
 def collapses(record, narrow):
-    """Lines that name the heads of a record that have just collapsed. narrow: {"layer.head": diagnostics in a row at which
-    its spread was small}, brought up to date."""
+    """Lines that name the key heads of a record of diagnose() that have just collapsed. narrow: {"layer.head": diagnostics
+    in a row in which the range of its lambdas was small}, updated in place."""
     lines = []
     for layer, heads in enumerate(record["lambda_k"]):
         for head, (low, median, high) in enumerate(heads):

@@ -1,4 +1,4 @@
-"""The windows of text that a run sees, and its loss on those held out."""
+"""The windows of text that a run trains on, and its loss on held-out ones."""
 
 import functools
 import math
@@ -13,8 +13,8 @@ from training.processes import summed
 
 
 def training_batch(corpus, settings, T, step, micro):
-    """int64 (batch_size, T + 1), a function of (seed, step, micro) alone: the same for any number of processes, and
-    after any resume."""
+    """Windows of tokens, int64 (batch_size, T + 1), a function of (seed, step, micro) alone: the same for any number of
+    processes, and after any resume."""
     if settings.sampling == "passes":
         windows = (len(corpus.train) - 1) // T
         first = (step * settings.grad_accum_steps + micro) * settings.batch_size
@@ -29,18 +29,18 @@ def training_batch(corpus, settings, T, step, micro):
 
 @functools.lru_cache(maxsize=2)
 def window_order(seed, number, windows):
-    """The order of the windows in the pass of this number, (windows,)."""
+    """The order of the windows in pass `number`, (windows,)."""
     return np.random.default_rng([seed, number]).permutation(windows)
 
 
 def validation_starts(corpus, settings, T):
-    """The windows of every validation: eval_iters * batch_size of them, or as many as val.bin has."""
+    """Where the windows of every validation begin: eval_iters * batch_size of them, or as many as val.bin has."""
     count = min(settings.eval_iters * settings.batch_size, (len(corpus.val) - 1) // T)
     return np.linspace(0, len(corpus.val) - 1 - T, count).astype(int)
 
 
 def to_device(batch, device):
-    """(idx, targets), each (B, T), of a batch (B, T + 1)."""
+    """(idx, targets), each (B, T) int64 on the device, of a batch (B, T + 1)."""
     batch = torch.from_numpy(batch)
     if device.type == "cuda":
         batch = batch.pin_memory().to(device, non_blocking=True)
@@ -55,13 +55,13 @@ def batch_of(run, step, micro):
 
 
 def step_batches(run):
-    """The idx (B, T) of this process's batches of the step to come."""
+    """An iterator over the idx (B, T) of this process's batches of the next step."""
     return (batch_of(run, run.state.step, micro)[0] for micro in run.micro_batches)
 
 
 @contextmanager
 def averaged(run):
-    """Inside it, the weights are their running mean, where there is one."""
+    """Inside the block the weights are replaced by their running mean, if the run keeps one."""
 
     def swap():
         for weight, mean in zip(run.raw_model.parameters(), run.ema or ()):
@@ -76,7 +76,8 @@ def averaged(run):
 
 @torch.no_grad()
 def validate(run):
-    """(mean loss over the validation windows, nats a token; block 0's key energies on the first of them)."""
+    """(mean loss over the validation windows, nats per token; block 0's key energies (B, T, Hkv) on the first of them, None for
+    dot). Collective."""
     total, E, B = 0.0, None, run.settings.batch_size
     for at in range(0, len(run.windows), WORLD * B):
         starts = run.windows[at + RANK * B :][:B]
@@ -88,7 +89,7 @@ def validate(run):
 
 
 def validation_record(run):
-    """A line of metrics.jsonl."""
+    """Validate; returns the line for metrics.jsonl. Collective."""
     with averaged(run):
         loss, E = validate(run)
     record = {

@@ -1,5 +1,5 @@
-"""What a run tells: metrics.jsonl, diagnostics.jsonl, the progress bar, Weights & Biases, and its line among the results. Only
-the first process writes."""
+"""What a run reports: metrics.jsonl, diagnostics.jsonl, the progress bar, Weights & Biases, and its line in the results file. Only
+rank 0 writes."""
 
 import fcntl
 import json
@@ -31,13 +31,13 @@ PEAK_FLOPS = {
     "L4": 121e12,
     "4090": 165e12,
     "3090": 71e12,
-}  # dense bfloat16, by a part of the device's name
-DIAGNOSED = 4  # validation windows that diagnostics are made of
+}  # FLOP/s in dense bfloat16, by a part of the device's name
+DIAGNOSED = 4  # validation windows that the diagnostics use
 
 
 class Log:
     def __init__(self, run):
-        """Take the output folder: from here on it is this process's, and holds this run alone."""
+        """Lock the output folder for this process, and delete from it what is not of this run."""
         self.run, self.master, self.wandb = run, RANK == 0, None
         if self.master:
             take_folder(run)
@@ -48,7 +48,7 @@ class Log:
             total=run.settings.max_steps, initial=run.state.step, unit=" steps", disable=None if self.master else True, dynamic_ncols=True
         )
         self.begin = time.perf_counter() - run.state.elapsed_s
-        self.trained_s, self.trained_tokens = 0.0, 0  # since the last line of training
+        self.trained_s, self.trained_tokens = 0.0, 0  # since the last training line
 
     @property
     def elapsed_s(self):
@@ -74,7 +74,7 @@ class Log:
             file.write(json.dumps(record) + "\n")
 
     def step(self, loss, grad_norm, seconds):
-        """After a training step of so many seconds."""
+        """Count a training step that took `seconds`; add a line to metrics.jsonl after every log_interval of them."""
         run, state = self.run, self.run.state
         self.trained_s += seconds
         self.trained_tokens += run.tokens_per_step
@@ -150,10 +150,10 @@ class Log:
 
 
 def take_folder(run):
-    """Make and lock the output folder, until this process ends."""
+    """Make the output folder and lock it until this process ends. Raises UserError if another process has."""
     with output_folder(run.out_dir):
         Path(run.settings.results).parent.mkdir(parents=True, exist_ok=True)
-        open(run.settings.results, "a").close()  # a place that cannot be written to is found now
+        open(run.settings.results, "a").close()  # a file that cannot be written is found now
     try:
         fcntl.flock(os.open(run.out_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -161,9 +161,9 @@ def take_folder(run):
 
 
 def clear_folder(run):
-    """Leave of what the folder holds what the run goes on from: nothing, or all until its step."""
+    """Delete from the folder the checkpoints and log lines past the step that the run resumes from; for a new run, all of an old run."""
     later = [path for path in checkpoint.steps(run.out_dir) if path > checkpoint.step_path(run.out_dir, run.state.step)]
-    for path in [*(later if run.resumed else files_of(run.out_dir)), *run.out_dir.glob(".*.tmp")]:  # of a run that was killed
+    for path in [*(later if run.resumed else files_of(run.out_dir)), *run.out_dir.glob(".*.tmp")]:  # .tmp: of a run that was killed
         path.unlink()
     for path, text in zip(run.logs, run.past):
         if text:
@@ -201,7 +201,7 @@ def wandb_run(run):
 
 
 def profiled(path):
-    """A started profiler of the third to fifth step, which writes its trace to `path`."""
+    """A profiler, already started, of the third to fifth step; it writes its trace to `path`."""
 
     def write(profiler):
         with replacing(path) as temporary:

@@ -1,4 +1,4 @@
-"""What a training step needs of memory, the batch that fits, and how a run ends that has too little."""
+"""How much memory a training step needs, which batch fits, and how a run without enough memory ends."""
 
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,7 +26,7 @@ def memory_errors_named(settings):
 
 
 def kept_a_sequence(model, idx, targets):
-    """Bytes that another sequence leaves for the backward pass: what two leave less what one does. idx, targets (1, T)."""
+    """Bytes that one more sequence keeps for the backward pass: those of two sequences minus those of one. idx, targets: (1, T)."""
 
     def kept(sequences):
         sizes = {}
@@ -36,22 +36,22 @@ def kept_a_sequence(model, idx, targets):
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(noted, lambda x: x):
-            _loss = model(idx.repeat(sequences, 1), targets.repeat(sequences, 1))  # as long as it lives, so do they
+            _loss = model(idx.repeat(sequences, 1), targets.repeat(sequences, 1))  # while it lives, so do the saved tensors
         return sum(sizes.values())
 
     return kept(2) - kept(1)
 
 
 def memory_needed(model, settings, sequence):
-    """Bytes of a training step of which each sequence leaves so many: with weights, gradients, what the optimizer keeps, the running
-    mean and the logits, and a tenth more."""
+    """Bytes of a training step in which each sequence keeps `sequence` bytes for the backward pass: those, weights, gradients,
+    optimizer state, running mean and logits, and a tenth more."""
     logits = 3 * max(LOSS_CHUNK, settings.batch_size * model.config.block_size / 32) * model.config.vocab_size
     weights = model.parameter_count() * (2 + optim.NUMBERS + bool(settings.ema_decay))
     return 1.1 * (4 * (weights + logits) + settings.batch_size * sequence)
 
 
 def fitting(model, settings, sequence, gigabytes):
-    """(batch_size, grad_accum_steps) for the same tokens a step with the greatest batch that memory_needed() lets in."""
+    """(batch_size, grad_accum_steps) with the same tokens per step and the largest batch that fits by memory_needed(), or None."""
     sequences = settings.batch_size * settings.grad_accum_steps
     for batch_size in range(sequences // WORLD, 0, -1):
         if (

@@ -1,15 +1,15 @@
-"""The optimiser of a run: which weights decay, what it keeps of each of them, and its learning rate at a step. Another optimiser
-or schedule is written here."""
+"""The optimiser of a run: which weights decay, which state it keeps per weight, and its learning rate at each step. Another
+optimiser or schedule belongs here."""
 
 import math
 
 import torch
 
-NUMBERS = 2  # that the optimizer keeps for each number of a weight
+NUMBERS = 2  # that the optimizer keeps per parameter
 
 
 def adamw(model, learning_rate, betas, weight_decay):
-    """AdamW (Loshchilov & Hutter 2019) that decays matrices only."""
+    """AdamW (Loshchilov & Hutter 2019) with weight decay on matrices only."""
     weights = list(model.parameters())
     return torch.optim.AdamW(
         [
@@ -27,13 +27,13 @@ def optimizer_of(model, settings):
 
 
 def kept(optimizer, weight):
-    """What the optimizer keeps of a weight, by its own names: tensors of the shapes, on the devices that these have. A checkpoint
-    holds them, and a run that resumes refuses one that lacks any."""
+    """{name: tensor} of the optimizer's state for a weight, under the optimizer's own names: each tensor stands for one of the same
+    shape, dtype and device. Checkpoints hold this state, and a resume refuses one that lacks any of it."""
     return {"step": torch.zeros((), device=weight.device), "exp_avg": weight, "exp_avg_sq": weight}
 
 
 def learning_rate(settings, step, scale):
-    """Of the step after `step` finished ones; scale is the plateau rule's."""
+    """The learning rate of the step that follows `step` finished ones. scale: the plateau rule's factor."""
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / (settings.warmup_steps + 1)
     if settings.lr_schedule == "cosine":

@@ -1,5 +1,5 @@
-"""The processes of a run: one, or those that torchrun started; and the signals that they get. Every function that says so is a
-meeting: all call it."""
+"""The processes of a run, one or those that torchrun started, and the signals that they get. A function marked "Collective" must
+be called by all of them."""
 
 import gc
 import math
@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import RANK, WORLD
 
-RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # how often torchrun --max-restarts has brought us back
+RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # how often torchrun --max-restarts has restarted the processes
 
 
 @dataclass
@@ -24,10 +24,10 @@ class Signals:
 
     stop: bool = False
     save: bool = False
-    since: float = math.inf  # when to stop was asked for first
+    since: float = math.inf  # when a stop was first asked for
 
     def heed(self):
-        """From now on SIGTERM and SIGINT ask to stop, SIGUSR1 to save; the former, again a second later, end the process at once."""
+        """From now on SIGTERM and SIGINT ask for a stop, SIGUSR1 for a save; another of the former, over a second later, ends at once."""
         signal.signal(signal.SIGTERM, self.asked_to_stop)
         signal.signal(signal.SIGINT, self.asked_to_stop)
         signal.signal(signal.SIGUSR1, self.asked_to_save)
@@ -35,7 +35,7 @@ class Signals:
     def asked_to_stop(self, number, frame):
         self.stop = True
         now = time.monotonic()
-        if now > self.since + 1:  # the same one may come twice, by the terminal or the scheduler and by torchrun
+        if now > self.since + 1:  # the same one may come twice, from the terminal or scheduler and from torchrun
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.since = min(self.since, now)
@@ -47,18 +47,18 @@ class Signals:
 def meet(device):
     if WORLD > 1:
         store = next(dist.rendezvous("env://"))[0]
-        store = dist.PrefixStore(f"{RESTARTS}", store)  # torchrun keeps the store, with the addresses of those that died
+        store = dist.PrefixStore(f"{RESTARTS}", store)  # torchrun's store outlives a restart and holds addresses of processes that died
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=RANK, world_size=WORLD)
 
 
 def part():
     if dist.is_initialized():
-        gc.collect()  # a DDP model in a cycle would keep the group, and gloo's threads abort if they outlive the interpreter
+        gc.collect()  # a DDP model in a reference cycle would keep the group, and gloo's threads abort if they outlive the interpreter
         dist.destroy_process_group()
 
 
 def summed(values, device):
-    """The sums over all processes of a list of numbers. A meeting."""
+    """The sums over all processes of a list of numbers, as a list. Collective."""
     if WORLD == 1:
         return values
     values = torch.tensor(values, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
@@ -67,7 +67,7 @@ def summed(values, device):
 
 
 def gathered(x):
-    """x (..., N) of every process, one after the other along the last dimension. A meeting."""
+    """x (..., N) of every process, concatenated along the last dimension in the order of ranks. Collective."""
     if WORLD == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(WORLD)]
@@ -76,14 +76,14 @@ def gathered(x):
 
 
 def wrapped(model, device, shard, compile):
-    """The model on its device, as the training step calls it. shard "ddp": every process holds it whole; "fsdp": a part
-    of every weight, put together block by block when it is needed."""
+    """The model on its device, wrapped as the training step calls it. shard "ddp": every process holds the whole model;
+    "fsdp": a part of every weight, which is gathered block by block when it is needed. Collective."""
     if shard == "fsdp" and WORLD > 1:
         from torch.distributed.fsdp import fully_shard  # here, because importing it takes a second
 
         mesh = dist.init_device_mesh(device.type, (WORLD,))
         for part in (*model.blocks, model):
-            fully_shard(part, mesh=mesh, reshard_after_forward=True)  # so that nothing older than the weights stays
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)  # so that no gathered copy outlives an update of the weights
     model.to(device)
     called = torch.compile(model) if compile else model
     if shard == "ddp" and WORLD > 1:
@@ -93,7 +93,7 @@ def wrapped(model, device, shard, compile):
 
 @contextmanager
 def no_sync(model):
-    """Inside it, backward only adds to this process's own gradients."""
+    """Inside the block backward() adds to this process's own gradients and does not average them over the processes."""
     if isinstance(model, DistributedDataParallel):
         with model.no_sync():
             yield
@@ -106,12 +106,12 @@ def no_sync(model):
 
 
 def whole(x):
-    """x, put together where it is sharded. A meeting."""
+    """x as a whole tensor, gathered if it is sharded. Collective."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def placed(x, like):
-    """x, a whole tensor, on the device of `like` and sharded as it. A meeting."""
+    """The whole tensor x with the device, dtype and sharding of `like`. Collective."""
     x = x.to(like.device, like.dtype)
     if not hasattr(like, "full_tensor"):
         return x

@@ -1,4 +1,4 @@
-"""The run that a command line asks for: all that can be its user's mistake is found here, before anything is written."""
+"""The run that a command line asks for. Every mistake that a user can make is found here, before anything is written."""
 
 import math
 import os
@@ -27,20 +27,20 @@ class Run:
     """What is trained, on what, and how far it is."""
 
     settings: Settings
-    given: set  # the settings that the command line or the config names
+    given: set  # names of the settings in the config or on the command line
     corpus: Corpus
     device: torch.device
     dtype: torch.dtype  # of the matrix products
     raw_model: Tauformer  # holds the weights
-    model: torch.nn.Module  # raw_model as a training step calls it: compiled, shared out
+    model: torch.nn.Module  # raw_model as a training step calls it: compiled, in DDP
     laplacian: torch.Tensor | None
     optimizer: torch.optim.Optimizer
     ema: list | None  # running means of the weights, in the order of parameters()
-    windows: np.ndarray  # where those of a validation begin
+    windows: np.ndarray  # where the validation windows begin
     state: RunState
     resumed: bool
-    past: list  # the text of each of the logs up to the step that the run goes on from
-    ahead: dict = field(default_factory=dict)  # the batch of the next step, by (step, micro): on its way to the device
+    past: list  # the text of each log up to the step that the run resumes from
+    ahead: dict = field(default_factory=dict)  # the next step's first batch, by (step, micro), on its way to the device
 
     @property
     def out_dir(self):
@@ -60,7 +60,7 @@ class Run:
 
     @property
     def micro_batches(self):
-        """The numbers of this process's batches of a step."""
+        """The numbers of those batches of a step that this process takes."""
         return range(RANK, self.settings.grad_accum_steps, WORLD)
 
     def autocast(self):
@@ -68,12 +68,12 @@ class Run:
 
 
 def only_looks(settings):
-    """Whether nothing is trained and nothing written."""
+    """Whether the run writes nothing."""
     return settings.eval_only or settings.dry_run
 
 
 def start(settings, given):
-    """The Run, with tau and weights as it begins or goes on. Raises UserError."""
+    """The Run, with tau and weights as it starts or resumes. Raises UserError for a user's mistake. Collective."""
     device = choose_device(settings.device, LOCAL_RANK)
     dtype = choose_dtype(settings.dtype, device)
     if settings.grad_accum_steps % WORLD:
@@ -132,7 +132,7 @@ def choose_dtype(name, device):
 
 
 def choose_init_from(settings):
-    """What "auto", or a restart by torchrun, comes to."""
+    """Turn "auto" into "resume" or "scratch"; after a restart by torchrun, resume."""
     if settings.overwrite and settings.init_from in ("auto", "resume"):
         raise UserError(f"overwrite = True starts a run anew, init_from = {settings.init_from!r} goes on with it: leave one out")
     if (settings.init_from == "auto" or processes.RESTARTS) and checkpoint.steps(settings.out_dir):
@@ -142,12 +142,12 @@ def choose_init_from(settings):
 
 
 def files_of(out_dir):
-    """Those of a run that the folder holds."""
+    """The files of a run that the folder holds."""
     return [*checkpoint.steps(out_dir), *(path for path in (Path(out_dir) / name for name in ("best.safetensors", *LOGS)) if path.exists())]
 
 
 def lines_until(path, step):
-    """The text of a file of lines without those that a resume from `step` will write again."""
+    """The text of a JSON Lines file without the lines that a resume from `step` will write again."""
     lines = read_lines(path, step=int) if path.exists() else []
     return "".join(line for line, record in lines if record["step"] <= step)
 
@@ -163,7 +163,7 @@ def refuse_to_replace(settings, resumed):
 
 
 def domain_laplacian(settings):
-    """The (F, F) float64 tensor of the settings' file; None for dot."""
+    """The (F, F) float64 tensor of the settings' Laplacian file; None for dot. Raises UserError if there is no such file."""
     if settings.attention == "dot":
         return None
     if not os.path.exists(settings.laplacian):
@@ -177,7 +177,7 @@ def domain_laplacian(settings):
 
 
 def started_model(settings, given, corpus):
-    """(model, laplacian, stored): the model to start with; of a run that is resumed also its checkpoint's (path, tensors, header)."""
+    """(model, laplacian, stored): the model to start with, its Laplacian and, when resuming, the checkpoint's (path, tensors, header)."""
     if settings.init_from == "scratch":
         return *new_model(settings, corpus), None
     resume = settings.init_from == "resume"
@@ -210,7 +210,7 @@ def model_settings(settings):
 
 
 def new_model(settings, corpus):
-    """(model, laplacian) of a run from scratch."""
+    """(model, laplacian) of a run from scratch. Raises UserError if the model does not fit into memory."""
     laplacian = domain_laplacian(settings)
     config = ModelConfig(vocab_size=corpus.vocab_size, **model_settings(settings))
     check_length(settings, corpus, config.block_size)
@@ -227,7 +227,7 @@ def new_model(settings, corpus):
 
 
 def changes_of(settings, given, path, header):
-    """The model settings in which a run that starts from a checkpoint may differ from it. Raises UserError for others."""
+    """{name: value} of the given model settings that may differ from the checkpoint's. Raises UserError if others do."""
     changes = {}
     for name, ours in sorted(model_settings(settings).items()):
         theirs = header["config"].get(name)
@@ -246,8 +246,8 @@ def changes_of(settings, given, path, header):
 
 @torch.no_grad()
 def start_embedding(model, path):
-    """Give every token the direction of its row of a file (V, F), F = n_embd, and the length that it has on average
-    anyway; one whose row is zero keeps its random vector."""
+    """Give every token's embedding the direction of its row in a file (V, F), F = n_embd, and the length that random ones
+    have on average; a token whose row is zero keeps its random vector. Raises UserError for a file that does not fit."""
     if not path.exists():
         raise UserError(f'embedding_init = "domain" needs {path}: make it with `python data/embed.py {path.parent} --overwrite`')
     try:

@@ -1,15 +1,15 @@
 """taumode: where tau, the scale of lambda = E / (E + tau), comes from and how it moves.
 
-    fixed       the median energy of block 0's keys over the batch of the first step, held (the published run)
+    fixed       the median energy of block 0's keys over the batch of the first step, kept (the published run)
     mean        the same, but their mean
     percentile  the same, but their tau_percentile-th percentile
-    adaptive    starts as fixed; every tau_interval steps log tau goes a share 1 - tau_smoothing of its way to the log of
-                the median of that step's batch
-    gradient    starts as fixed; at a validation that is the best so far tau becomes the median of that step's batch, if
-                the two are apart by more than tau_drift: |log(median / tau)| > tau_drift, for any layer and head
-    learned     starts as fixed; log tau is a parameter of every key head
+    adaptive    starts as fixed; every tau_interval steps log tau moves by the fraction 1 - tau_smoothing towards the log of
+                the median over the next step's batch
+    gradient    starts as fixed; at a validation that is the best so far tau becomes the median over the next step's batch,
+                if |log(median / tau)| > tau_drift for any layer and head
+    learned     starts as fixed; log tau is a parameter per key head
 
-tau_scope: global, block 0's number for every layer and head (published), or head, a number each from its own energies.
+tau_scope: global, block 0's tau for every layer and head (published), or head, a tau per layer and head from its own energies.
 (Article "Training a 30M parameters Topological Transformer", 2026: fixed; it announces the next two.)"""
 
 import torch
@@ -20,7 +20,7 @@ from training.processes import gathered, placed, whole
 
 
 def tau_of(model):
-    """(n_layer, Hkv); None for dot."""
+    """tau per layer and key head, (n_layer, Hkv) without the local heads; None for dot. Collective."""
     if model.config.attention == "dot":
         return None
     return torch.stack([whole(block.attention.log_tau.detach()).exp() for block in model.blocks])
@@ -28,14 +28,14 @@ def tau_of(model):
 
 @torch.no_grad()
 def set_tau(model, tau):
-    """tau: (n_layer, Hkv), positive."""
+    """tau: (n_layer, Hkv), positive. Collective."""
     for block, row in zip(model.blocks, tau):
         block.attention.log_tau.copy_(placed(row.log(), block.attention.log_tau))
 
 
 def statistic(E, mode, percentile):
-    """Of E (..., N) over its last dimension, in float64 where there is that."""
-    E = E.to(finest(E.device)).sort(-1)[0]  # so that the mean, too, does not depend on the order
+    """The statistic of E (..., N) over its last dimension that tau_mode asks for, in float64 where the device has it."""
+    E = E.to(finest(E.device)).sort(-1)[0]  # so that the mean does not depend on the order either
     if mode == "mean":
         return E.mean(-1)
     return E[..., int((E.size(-1) - 1) * (percentile if mode == "percentile" else 50) / 100)]
@@ -43,8 +43,8 @@ def statistic(E, mode, percentile):
 
 @torch.no_grad()
 def measured_tau(model, batches, settings):
-    """The tau (n_layer, Hkv) that the key energies of `batches` ask for: tensors (B, T) of tokens, as many on every
-    process; the energies of all processes count."""
+    """tau (n_layer, Hkv) from the key energies on `batches`, tensors (B, T) of tokens, as many on every process; the
+    energies of all processes count. Collective."""
     layers = model.config.n_layer if settings.tau_scope == "head" else 1
     E = []
     for idx in batches:
@@ -64,14 +64,14 @@ def calibrate(model, batches, settings):
 
 
 def adapt(model, batches, settings):
-    """The step of "adaptive"."""
+    """Move tau by the rule of "adaptive"."""
     theirs = measured_tau(model, batches, settings).log()
     ours = tau_of(model).to(theirs.dtype).log()
     set_tau(model, theirs.lerp(ours, settings.tau_smoothing).exp())
 
 
 def follow(model, batches, settings):
-    """The step of "gradient", where validation has improved."""
+    """Move tau by the rule of "gradient", after a validation that improved."""
     tau = measured_tau(model, batches, settings)
     if (tau / tau_of(model)).log().abs().max() > settings.tau_drift:
         set_tau(model, tau)

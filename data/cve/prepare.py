@@ -1,8 +1,8 @@
-"""The CVE list's own release form, a folder or zip of CVE JSON 5.x records -> documents.jsonl -> train.bin, val.bin,
+"""The CVE list as it is released, a folder or zip of CVE JSON 5.x records -> documents.jsonl -> train.bin, val.bin,
 tokenizer.json, meta.json.
 
 A record is [CVE number, title or "(no title)", English description]. Rejected records and those without a description
-are counted and left out. A release of the CVE list is a zip inside a zip; it is read as it is."""
+are counted and left out. A release of the CVE list is a zip inside a zip, which is read as it is."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from data import corpus
 
 
 def json_files(source):
-    """(name, bytes) of every .json file in a folder or a zip, those of a zip inside the zip too."""
+    """Yield (name, bytes) of every .json file in a folder or a zip, and in zips inside the zip."""
     if source.is_dir():
         for path in sorted(source.rglob("*.json")):
             yield str(path), path.read_bytes()
@@ -41,7 +41,7 @@ def json_files(source):
 
 
 def records(source, left_out):
-    """The published records; left_out, a Counter, takes the others."""
+    """Yield the published records; left_out, a Counter, counts the others by reason."""
     for name, content in tqdm(json_files(source), desc="reading CVE records", unit=" files", disable=None):
         try:
             record = json.loads(content)

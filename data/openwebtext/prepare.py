@@ -1,7 +1,7 @@
 """OpenWebText in GPT-2's vocabulary -> train.bin, val.bin, tokenizer.json, meta.json.
 
 Without FILE the text is loaded through `datasets` (54 GB in its cache, 17 GB of train.bin); FILE is parquet or JSONL
-with a "text" in every row."""
+with a "text" in every row or record."""
 
 import sys
 from pathlib import Path

@@ -1,6 +1,6 @@
 """The documentation that ships with Python itself -> documents.jsonl -> train.bin, val.bin, tokenizer.json, meta.json.
 
-Two sources, neither needs a network: the reference topics behind `help()` (pydoc_data.topics) and the doc-strings of
+Two sources, neither of which needs a network: the reference topics behind `help()` (pydoc_data.topics) and the doc-strings of
 the standard library's modules, classes and functions, read from its source text; nothing is imported or run.
 A record is [dotted name, its definition's first line, doc-string]. The text depends on the Python version."""
 
@@ -20,7 +20,7 @@ SHORTEST = 40  # characters of a doc-string worth a document
 
 
 def records():
-    """Topics first, then doc-strings in the order of the files; a doc-string met before is left out."""
+    """Yield topics first, then doc-strings in the order of the files; a doc-string that came before is left out."""
     for name, body in sorted(topics.items()):
         yield {"text": [name, "Python topic", body.strip()]}
     library, seen = Path(sysconfig.get_path("stdlib")), set()
@@ -41,7 +41,7 @@ def records():
 
 
 def definitions(node, name):
-    """(dotted name, node) of a module, class or function and of all classes and functions inside it."""
+    """Yield (dotted name, node) of a module, class or function and of all classes and functions inside it."""
     yield name, node
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):

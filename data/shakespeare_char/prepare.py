@@ -1,4 +1,4 @@
-"""Tiny Shakespeare, one document of 65 characters, as nanoGPT has it -> train.bin, val.bin, tokenizer.json, meta.json.
+"""Tiny Shakespeare as in nanoGPT, one document with 65 different characters -> train.bin, val.bin, tokenizer.json, meta.json.
 
 Without FILE the text is loaded through `datasets`. No end token; the last 10 % is validation."""
 
