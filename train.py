@@ -4,11 +4,12 @@
     torchrun --nproc_per_node=8 train.py configs/tau_30m.toml
 
 Writes metrics.jsonl, diagnostics.jsonl, checkpoints to resume from and best.safetensors to out/NAME, NAME being the
-config's. SIGTERM and SIGINT (Ctrl-C) finish the step, save and end, another one, a second later, ends at once; SIGUSR1
+config's. SIGTERM, SIGINT (Ctrl-C) and SIGHUP finish the step, save and end, another one, a second later, ends at once; SIGUSR1
 saves."""
 
 import math
 import os
+import sys
 import time
 from contextlib import nullcontext
 from datetime import timedelta
@@ -31,6 +32,7 @@ MEMORY = 0.98  # of the running mean of the losses, a step: that of 50 steps
 
 def main():
     settings, given = parse(__doc__)
+    sys.stdout, sys.stderr = common.Unread(sys.stdout), common.Unread(sys.stderr)
     with memory.memory_errors_named(settings):
         asked = processes.Signals()
         if not only_looks(settings):
