@@ -1,6 +1,7 @@
 """What every script shares: how a user's mistake ends a program, how a file is replaced as a whole, settings, arguments."""
 
 import argparse
+import difflib
 import errno
 import fcntl
 import json
@@ -43,6 +44,23 @@ def check_rule(f, value, source=None):
         raise UserError((f"{source}: " if source else "") + f"{f.name} = {value!r} must be {rule[1]}")
 
 
+NANOGPT = {
+    "max_iters": "max_steps",
+    "lr": "learning_rate",
+    "gradient_accumulation_steps": "grad_accum_steps",
+    "warmup_iters": "warmup_steps",
+    "lr_decay_iters": "lr_decay_steps",
+    "dataset": "data_dir",
+}  # its names for settings, and ours
+
+
+def meant(name, names, dashes=""):
+    """ ", did you mean ...?" of a name that is none of `names`, nanoGPT's among them; "" where none is near."""
+    name = name.replace("-", "_")
+    near = [NANOGPT[name]] if NANOGPT.get(name) in names else difflib.get_close_matches(name, names, 1)
+    return f", did you mean {dashes}{near[0]}?" if near else ""
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are UserErrors, like every other mistake."""
 
@@ -51,6 +69,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(f"{message} (--help lists the options)")
+
+    def parse_args(self, *args):
+        parsed, unknown = self.parse_known_args(*args)
+        if unknown:
+            names = [option.removeprefix("--") for option in self._option_string_actions]
+            hint = meant(unknown[0].removeprefix("--").partition("=")[0], names, "--") if unknown[0].startswith("--") else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return parsed
 
 
 def run(main):
@@ -72,6 +98,28 @@ def run(main):
         sys.exit(1 if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO) else 2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+class Unread:
+    """A stream whose reader may leave (`| head`, a `tee` that dies, a terminal that is gone): what is written after that is dropped."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self.unless_gone(self.stream.write, text)
+
+    def flush(self):
+        return self.unless_gone(self.stream.flush)
+
+    def unless_gone(self, function, *args):
+        try:
+            return function(*args)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 def end_output():

@@ -174,7 +174,7 @@ def draw_idea(axis, lambda_q, lambda_k, weights, temperature, names):
     for number, (x, y, name) in enumerate(zip(lambda_k.tolist(), (weights / weights.max()).tolist(), names)):
         axis.annotate(name, (x, y), (0, 5 + 9 * (number % 2)), textcoords="offset points", fontsize=8, ha="center", rotation=45)
     axis.set(xlabel="lambda", ylabel="weight, the heaviest is 1", ylim=(0, 1.25))
-    axis.legend(fontsize="small", loc="upper right")
+    axis.legend(fontsize="small", loc="upper left")
 
 
 def draw(panels, out, width=5.5):

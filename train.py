@@ -4,11 +4,12 @@
     torchrun --nproc_per_node=8 train.py configs/tau_30m.toml
 
 Writes metrics.jsonl, diagnostics.jsonl, checkpoints to resume from and best.safetensors to out/NAME, where NAME is the
-config's. On SIGTERM or SIGINT (Ctrl-C) it finishes the step, saves and ends; on another one, over a second later, it ends
-at once. On SIGUSR1 it saves."""
+config's. On SIGTERM, SIGINT (Ctrl-C) or SIGHUP it finishes the step, saves and ends; on another one, over a second later, it
+ends at once. On SIGUSR1 it saves."""
 
 import math
 import os
+import sys
 import time
 from contextlib import nullcontext
 from datetime import timedelta
@@ -31,6 +32,7 @@ MEMORY = 0.98  # share of the losses' running mean that is kept per step: about 
 
 def main():
     settings, given = parse(__doc__)
+    sys.stdout, sys.stderr = common.Unread(sys.stdout), common.Unread(sys.stderr)
     with memory.memory_errors_named(settings):
         asked = processes.Signals()
         if not only_looks(settings):

@@ -80,7 +80,7 @@ def step_path(out_dir, step):
 
 def steps(out_dir):
     """The paths of the checkpoints to resume from, the newest first."""
-    return sorted(Path(out_dir).glob("step_*.safetensors"), reverse=True)
+    return sorted((path for path in Path(out_dir).glob("step_*") if re.fullmatch(r"step_\d{8,}\.safetensors", path.name)), reverse=True)
 
 
 def read(path):

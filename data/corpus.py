@@ -25,6 +25,7 @@ FILES = ("meta.json", "tokenizer.json", "train.bin", "val.bin")
 COMPRESSED = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ\0": lzma}
 ZSTD = b"\x28\xb5\x2f\xfd"
 BATCH_BYTES = 1 << 22  # characters of text tokenised at a time
+SKIPPED = 1000  # broken records that --skip_bad leaves out
 COUNT_TOKENS = 1 << 24  # tokens counted at a time
 BASELINE_TOKENS = 10_000_000  # validation tokens on which the baselines are measured, at most
 
@@ -43,8 +44,38 @@ def parser(description, out_dir):
     options.add_argument(
         "--val_fraction", type=float, default=0.01, help="part of the documents kept for validation (default: %(default)s)"
     )
+    options.add_argument(
+        "--skip_bad",
+        action="store_true",
+        help=f"leave out records that are broken, {SKIPPED:,} at most, instead of ending at the first one",
+    )
     options.add_argument("--overwrite", action="store_true", help="replace a corpus that is there already")
     return options
+
+
+class LeftOut:
+    """What is not taken of a source, counted by its reason, each file or record once, however often the source is read."""
+
+    def __init__(self, skip_bad=False):
+        self.skip_bad, self.names = skip_bad, {}
+
+    def __call__(self, reason, name):
+        self.names.setdefault(reason, set()).add(name)
+
+    def bad(self, name, error):
+        """A broken record. Raises UserError, unless such are to be left out and there are not too many."""
+        if not self.skip_bad:
+            raise UserError(f"{name}: {error} (--skip_bad leaves such records out)")
+        self("broken", name)
+        if len(self.names["broken"]) > SKIPPED:
+            raise UserError(f"{name}: {error}; these are more than {SKIPPED:,} broken records")
+
+    def report(self):
+        counts = [
+            f"{len(names):,} {reason}" + (f" (such as {min(names)})" if reason == "broken" else "") for reason, names in self.names.items()
+        ]
+        if counts:
+            print("left out: " + ", ".join(counts))
 
 
 def prepare(texts, source, args, one_document=False):
@@ -304,9 +335,9 @@ def opened(path):
         raise UserError(f"{path} is damaged: {error}") from None
 
 
-def read_jsonl(paths):
+def read_jsonl(paths, left_out=None):
     """Yield the documents of JSONL files, compressed or not; empty ones are left out. Raises UserError with file and line for a
-    broken record, and for what opened() cannot read."""
+    broken record, unless left_out takes it, and for what opened() cannot read."""
     for path in paths:
         with opened(path) as file:
             for number, line in enumerate(file, 1):
@@ -315,7 +346,8 @@ def read_jsonl(paths):
                 try:
                     text = record_text(json.loads(line))
                 except (ValueError, RecursionError) as error:  # broken JSON or UTF-8 too
-                    raise UserError(f"{path}, line {number}: {error}") from None
+                    (left_out or LeftOut()).bad(f"{path}, line {number}", error)
+                    continue
                 if text:
                     yield text
 

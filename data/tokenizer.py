@@ -9,12 +9,26 @@ text of characters has none.
 """
 
 import os
+import re
+from itertools import chain, islice
 
 import tiktoken
 
 from common import UserError
 
+RUN = 10_000
+LONG_RUN = re.compile(rf"[^\S\r\n]{{{RUN + 1},}}")
 END_TEXT = "<|endoftext|>"  # how the end token is shown; in a text to encode these characters are plain text
+
+
+def parts(text):
+    """The text, cut inside runs of more than RUN blanks: the patterns of BPE overflow their stack on some 100,000."""
+    begin = 0
+    for run in LONG_RUN.finditer(text):
+        for cut in range(run.start() + RUN, run.end(), RUN):
+            yield text[begin:cut]
+            begin = cut
+    yield text[begin:]
 
 
 class BPE:
@@ -35,7 +49,7 @@ class BPE:
         import rustbpe
 
         trainer = rustbpe.Tokenizer()
-        trainer.train_from_iterator(texts, vocab_size=vocab_size - 1)
+        trainer.train_from_iterator((part for text in texts for part in parts(text)), vocab_size=vocab_size - 1)
         ranks = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
         return cls(trainer.get_pattern(), [bytes(token).decode("latin-1") for token, _ in ranks], len(ranks))
 
@@ -59,10 +73,12 @@ class BPE:
         return cls(encoding._pat_str, tokens, encoding.eot_token)
 
     def encode(self, text):
-        return self.encoding.encode_ordinary(text)
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts):
-        return self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+        cut = [list(parts(text)) for text in texts]
+        encoded = iter(self.encoding.encode_ordinary_batch([part for text in cut for part in text], num_threads=os.cpu_count()))
+        return [list(chain.from_iterable(islice(encoded, len(text)))) for text in cut]
 
     def decode_bytes(self, tokens):
         return b"".join(self.bytes_of.get(token, b"") for token in tokens)

@@ -181,6 +181,17 @@ def test_help_lists_every_setting():
     assert all(f"--{f.name} " in text for f in fields(Settings))
 
 
+def test_options_as_fingers_know_them(here, monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", str(here / "small.toml"), "--compile", "--weight-decay=0.2", "--overwrite=true", "--tau_rope=false"]
+    )
+    settings, given = parse("")
+    assert (settings.compile, settings.weight_decay, settings.overwrite, settings.tau_rope) == (True, 0.2, True, False)
+    assert given["weight_decay"] == "command line" != given["n_layer"]
+    monkeypatch.setattr(sys, "argv", ["train.py", "--compile", str(here / "small.toml")])
+    assert parse("")[0].compile
+
+
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
 def test_configs(here, config):
     """Every setting is valid, and fits a model."""
@@ -193,10 +204,13 @@ def test_configs(here, config):
 @pytest.mark.parametrize(
     "option, expected",
     [
-        ("n_layers=3", "n_layers"),
+        ("n_layers=3", "did you mean --n_layer"),
         ("n_layer=3.5", "n_layer"),
         ("n_layer=0", "positive"),
         ("compile=yes", "True or False"),
+        ("lr=1e-3", "did you mean --learning_rate"),
+        ("max-iters=100", "did you mean --max_steps"),
+        ("weight-decai=0.1", "did you mean --weight_decay"),
         ("attention=flash", "tau, dot"),
         ("learning_rate=nan", "learning_rate"),
         ("learning_rate=inf", "learning_rate"),

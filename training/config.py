@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+import sys
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from common import FRACTION, NOT_NEGATIVE, POSITIVE, Parser, UserError, check_rule, one_of, setting
+from common import FRACTION, NOT_NEGATIVE, POSITIVE, Parser, UserError, check_rule, meant, one_of, setting
 from model import ModelSettings
 
 
@@ -117,9 +118,14 @@ NO_RESULT = (
 )  # settings that config_hash() ignores
 
 
-def config_hash(settings):
-    """A hash that is the same for runs that differ only in the settings of NO_RESULT: seed, folders, logs."""
-    kept = {name: value for name, value in changed_settings(settings).items() if name not in NO_RESULT}
+COMMAND_LINE = "command line"
+OF_THE_CALL = ("out_dir", "init_from", "overwrite", "eval_only", "dry_run", "profile")  # not of the run
+
+
+def config_hash(settings, **contents):
+    """A hash that is the same for runs that differ only in the settings of NO_RESULT: seed, folders, logs. contents: what stands behind
+    the paths data_dir and laplacian, and what the weights started from."""
+    kept = {name: value for name, value in changed_settings(settings).items() if name not in NO_RESULT} | contents
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -142,7 +148,7 @@ def from_text(text, name, kind):
     """The value that --name=text means. Raises UserError if it is no `kind`."""
     try:
         if kind is bool:
-            return {"True": True, "False": False}[text]
+            return {"true": True, "false": False}[text.lower()]
         return kind(text)
     except (KeyError, ValueError):
         raise UserError(f"--{name}={text} must be {'True or False' if kind is bool else kind.__name__}") from None
@@ -157,32 +163,54 @@ def read_settings(path):
         raise UserError(f"{path} is not a TOML file: {error}") from None
     for name in values:
         if name not in kinds:
-            raise UserError(f"{path}: unknown setting {name!r} (train.py --help lists them)")
+            raise UserError(f"{path}: unknown setting {name!r}{meant(name, kinds)} (train.py --help lists them)")
     return {name: checked(name, value, kinds[name], path) for name, value in values.items()}
 
 
 def parse(description):
-    """(settings, given) of the command line: the Settings, and the names of those set in the file or by --key=value.
-    Raises UserError for an unknown key, a wrong type or an invalid value."""
+    """(settings, given) of the command line: the Settings, and {name: where it is set} of those that are set, by the path of the
+    file or COMMAND_LINE. Raises UserError for an unknown key, a wrong type or a value that makes no sense."""
     kinds = {f.name: f.type for f in fields(Settings)}
     parser = Parser(description)
     parser.add_argument("config", type=Path, metavar="CONFIG.toml", help="file of settings; --key=value overrides it")
     for f in fields(Settings):
         default = "" if f.default == "" else f" [{f.default}]"
-        parser.add_argument(f"--{f.name}", metavar=f.type.__name__.upper(), help=f.metadata["meaning"] + default)
-    args = vars(parser.parse_args())
+        dashed = [f"--{f.name.replace('_', '-')}"] if "_" in f.name else []
+        parser.add_argument(f"--{f.name}", *dashed, metavar=f.type.__name__.upper(), help=f.metadata["meaning"] + default)
+    bare = {option for f in fields(Settings) if f.type is bool for option in (f"--{f.name}", f"--{f.name.replace('_', '-')}")}
+    args = vars(parser.parse_args([f"{option}=True" if option in bare else option for option in sys.argv[1:]]))
     path = args.pop("config")
-    given = read_settings(path)
-    given |= {
-        name: checked(name, from_text(text, name, kinds[name]), kinds[name], "command line")
-        for name, text in args.items()
-        if text is not None
-    }
-    settings = Settings(**given)
+    file = read_settings(path)
+    said = {name: text for name, text in args.items() if text is not None}
+    line = {name: checked(name, from_text(text, name, kinds[name]), kinds[name], COMMAND_LINE) for name, text in said.items()}
+    settings = Settings(**file | line)
     settings.out_dir = settings.out_dir or f"out/{path.stem}"
     settings.laplacian = settings.laplacian or f"{settings.data_dir}/laplacian.parquet"
+    check_schedule(settings)
+    return settings, dict.fromkeys(file, str(path)) | dict.fromkeys(line, COMMAND_LINE)
+
+
+def check_schedule(settings):
     if settings.lr_schedule == "cosine" and settings.min_lr > settings.learning_rate:
         raise UserError(f"min_lr = {settings.min_lr} is above learning_rate = {settings.learning_rate}")
     if settings.lr_schedule == "cosine" and settings.lr_decay_steps <= settings.warmup_steps:
         raise UserError(f"lr_decay_steps = {settings.lr_decay_steps} must be past warmup_steps = {settings.warmup_steps}")
-    return settings, set(given)
+
+
+def go_on_with(settings, given, stored, file):
+    """Give the settings of a run that is resumed the values that its checkpoint holds, but for those of the command line, those that
+    are the call's own, and max_steps. Returns lines that name what is not as it was. stored: the checkpoint's settings; file: what
+    its config file said."""
+    lines = []
+    for f in fields(settings):
+        name, ours = f.name, getattr(settings, f.name)
+        if name in OF_THE_CALL or name not in stored or ours == stored[name]:
+            continue
+        if given.get(name) == COMMAND_LINE or name == "max_steps":
+            lines.append(f"{name} = {ours!r} from here on, {stored[name]!r} before")
+            continue
+        if name in given and name in file and file[name] != ours:
+            lines.append(f"{name} = {stored[name]!r} as before: {given[name]} says {ours!r} now (--{name}={ours} changes it)")
+        setattr(settings, name, stored[name])
+    check_schedule(settings)
+    return lines

@@ -2,9 +2,11 @@
 rank 0 writes."""
 
 import fcntl
+import hashlib
 import json
 import math
 import os
+import re
 import sys
 import time
 from dataclasses import asdict
@@ -32,6 +34,7 @@ PEAK_FLOPS = {
     "4090": 165e12,
     "3090": 71e12,
 }  # FLOP/s in dense bfloat16, by a part of the device's name
+UNFINISHED = re.compile(r"\.((best|step_\d+)\.safetensors|(metrics|diagnostics)\.jsonl|profile\.json)\.\d+\.tmp")  # of a killed run
 DIAGNOSED = 4  # validation windows that the diagnostics use
 
 
@@ -122,10 +125,11 @@ class Log:
                 settings.results,
                 {
                     "run": settings.out_dir,
-                    "config": config_hash(settings),
+                    "config": config_hash(settings, data_dir=run.state.data, laplacian=digest_of(run.laplacian), origin=state.origin),
                     "seed": settings.seed,
                     "commit": commit(),
-                    "data": run.corpus.meta["sha256"][:12],
+                    "data": state.data[:12],
+                    "origin": state.origin,
                     "parameters": run.raw_model.parameter_count(),
                     "steps": state.step,
                     "tokens": state.tokens,
@@ -149,6 +153,10 @@ class Log:
             )
 
 
+def digest_of(laplacian):
+    return None if laplacian is None else hashlib.sha256(laplacian.numpy().tobytes()).hexdigest()[:12]
+
+
 def take_folder(run):
     """Make the output folder and lock it until this process ends. Raises UserError if another process has."""
     with output_folder(run.out_dir):
@@ -163,7 +171,8 @@ def take_folder(run):
 def clear_folder(run):
     """Delete from the folder the checkpoints and log lines past the step that the run resumes from; for a new run, all of an old run."""
     later = [path for path in checkpoint.steps(run.out_dir) if path > checkpoint.step_path(run.out_dir, run.state.step)]
-    for path in [*(later if run.resumed else files_of(run.out_dir)), *run.out_dir.glob(".*.tmp")]:  # .tmp: of a run that was killed
+    unfinished = [path for path in run.out_dir.glob(".*.tmp") if UNFINISHED.fullmatch(path.name)]
+    for path in [*(later if run.resumed else files_of(run.out_dir)), *unfinished]:
         path.unlink()
     for path, text in zip(run.logs, run.past):
         if text:

@@ -5,6 +5,7 @@ import gc
 import math
 import os
 import signal
+import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from common import RANK, WORLD
+from common import RANK, WORLD, UserError
 
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # how often torchrun --max-restarts has restarted the processes
 
@@ -27,9 +28,12 @@ class Signals:
     since: float = math.inf  # when a stop was first asked for
 
     def heed(self):
-        """From now on SIGTERM and SIGINT ask for a stop, SIGUSR1 for a save; another of the former, over a second later, ends at once."""
+        """From now on SIGTERM, SIGINT and SIGHUP ask to stop, SIGUSR1 to save. One of the first three, again a second later, ends the
+        process at once."""
         signal.signal(signal.SIGTERM, self.asked_to_stop)
         signal.signal(signal.SIGINT, self.asked_to_stop)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(signal.SIGHUP, self.asked_to_stop)
         signal.signal(signal.SIGUSR1, self.asked_to_save)
 
     def asked_to_stop(self, number, frame):
@@ -46,6 +50,10 @@ class Signals:
 
 def meet(device):
     if WORLD > 1:
+        if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+            raise UserError(
+                f"WORLD_SIZE = {WORLD} is set, but not {', '.join(missing)}: start the processes with torchrun, or unset WORLD_SIZE"
+            )
         store = next(dist.rendezvous("env://"))[0]
         store = dist.PrefixStore(f"{RESTARTS}", store)  # torchrun's store outlives a restart and holds addresses of processes that died
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=RANK, world_size=WORLD)
@@ -85,10 +93,22 @@ def wrapped(model, device, shard, compile):
         for part in (*model.blocks, model):
             fully_shard(part, mesh=mesh, reshard_after_forward=True)  # so that no gathered copy outlives an update of the weights
     model.to(device)
-    called = torch.compile(model) if compile else model
+    called = torch.compile(model) if compile and can_compile(device) else model
     if shard == "ddp" and WORLD > 1:
         called = DistributedDataParallel(called, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
     return called
+
+
+def can_compile(device):
+    """Whether torch.compile works here; what it lacks (a C++ compiler, triton) is said once."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+        return True
+    except Exception as error:  # whatever the compilers below it raise
+        if RANK == 0:
+            said = next((line for line in reversed(str(error).splitlines()) if "rror" in line or "ompiler" in line), type(error).__name__)
+            print(f"compile = True, but torch.compile does not work here ({said.strip()}): trained without it", file=sys.stderr)
+        return False
 
 
 @contextmanager

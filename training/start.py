@@ -16,7 +16,7 @@ from data.laplacian import load_laplacian
 from model import INIT_STD, ModelConfig, Tauformer
 from training import checkpoint, optim, processes, taumode
 from training.checkpoint import RunState
-from training.config import Settings
+from training.config import COMMAND_LINE, Settings, go_on_with
 from training.evaluation import step_batches, validation_starts
 
 LOGS = "metrics.jsonl", "diagnostics.jsonl"
@@ -27,7 +27,7 @@ class Run:
     """What is trained, on what, and how far it is."""
 
     settings: Settings
-    given: set  # names of the settings in the config or on the command line
+    given: dict  # {name: where} of the settings that the command line or the config file names
     corpus: Corpus
     device: torch.device
     dtype: torch.dtype  # of the matrix products
@@ -74,6 +74,14 @@ def only_looks(settings):
 
 def start(settings, given):
     """The Run, with tau and weights as it starts or resumes. Raises UserError for a user's mistake. Collective."""
+    choose_init_from(settings)
+    file = {name: getattr(settings, name) for name, where in given.items() if where != COMMAND_LINE}
+    stored, state, lines = None, RunState(file=file), []
+    if settings.init_from == "resume":
+        stored = checkpoint.to_resume(settings.out_dir)
+        state = RunState.of(stored[2])
+        lines = go_on_with(settings, given, stored[2]["run"].get("settings", {}), state.file)
+        state.file = file
     device = choose_device(settings.device, LOCAL_RANK)
     dtype = choose_dtype(settings.dtype, device)
     if settings.grad_accum_steps % WORLD:
@@ -87,12 +95,21 @@ def start(settings, given):
 
     corpus = Corpus(settings.data_dir)
     corpus.train = corpus.train[: math.ceil(len(corpus.train) * settings.train_fraction)]
-    choose_init_from(settings)
+    if state.data not in (None, corpus.meta["sha256"]):
+        raise UserError(
+            f"{settings.data_dir} is not the text that the run in {settings.out_dir} is trained on: leave it out, or start a run "
+            f"from this one with --init_from={settings.out_dir} --out_dir=OTHER"
+        )
+    state.data = corpus.meta["sha256"]
     torch.manual_seed(settings.seed)
-    raw_model, laplacian, stored = started_model(settings, given, corpus)
-    settings.tau_mode = raw_model.config.tau_mode
+    raw_model, laplacian, origin = started_model(settings, given, corpus, stored)
+    state.origin = state.origin if stored else origin
+    for name, value in model_settings(settings).items():  # of a run that starts from a checkpoint
+        if name != "n_kv_head" or value:
+            setattr(settings, name, getattr(raw_model.config, name))
+    if RANK == 0 and lines and not only_looks(settings):
+        print("\n".join(lines))
     refuse_to_replace(settings, stored is not None)
-    state = RunState.of(stored[2]) if stored else RunState()
     past = [lines_until(Path(settings.out_dir) / name, state.step) if state.step and not only_looks(settings) else "" for name in LOGS]
     if settings.eval_only and settings.init_from == "scratch":
         raise UserError("eval_only needs a trained model: give --init_from=resume or --init_from=OUT_DIR")
@@ -176,13 +193,14 @@ def domain_laplacian(settings):
     return torch.from_numpy(load_laplacian(settings.laplacian))
 
 
-def started_model(settings, given, corpus):
-    """(model, laplacian, stored): the model to start with, its Laplacian and, when resuming, the checkpoint's (path, tensors, header)."""
+def started_model(settings, given, corpus, stored):
+    """(model, laplacian, origin): the model to start with, and what its weights began as. stored: of a run that is resumed, its
+    checkpoint's (path, tensors, header)."""
     if settings.init_from == "scratch":
-        return *new_model(settings, corpus), None
-    resume = settings.init_from == "resume"
+        return *new_model(settings, corpus), "scratch"
+    resume = stored is not None
     if resume:
-        path, tensors, header = checkpoint.to_resume(settings.out_dir)
+        path, tensors, header = stored
     else:
         path = checkpoint.find(settings.init_from)
         tensors, header = checkpoint.read(path)
@@ -202,7 +220,7 @@ def started_model(settings, given, corpus):
             )
     check_length(settings, corpus, changes.get("block_size", header["config"].get("block_size", 0)))
     model = checkpoint.build_model(tensors, header, path, laplacian, **changes)
-    return model, laplacian, (path, tensors, header) if resume else None
+    return model, laplacian, header["sha256"][:12]
 
 
 def model_settings(settings):

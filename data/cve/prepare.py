@@ -1,8 +1,9 @@
 """The CVE list as it is released, a folder or zip of CVE JSON 5.x records -> documents.jsonl -> train.bin, val.bin,
 tokenizer.json, meta.json.
 
-A record is [CVE number, title or "(no title)", English description]. Rejected records and those without a description
-are counted and left out. A release of the CVE list is a zip inside a zip, which is read as it is."""
+A record is [CVE number, title or "(no title)", English description]; several descriptions are joined. Rejected and reserved
+records and those without a description are counted and left out, as are files of other programs (`__MACOSX`, `._NAME`). A
+release of the CVE list is a zip inside a zip; it is read as it is."""
 
 import json
 import shutil
@@ -10,7 +11,6 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections import Counter
 from pathlib import Path
 
 from tqdm import tqdm
@@ -20,53 +20,62 @@ from common import UserError, run
 from data import corpus
 
 
-def json_files(source):
-    """Yield (name, bytes) of every .json file in a folder or a zip, and in zips inside the zip."""
+def is_foreign(name):
+    return any(part == "__MACOSX" or part.startswith("._") for part in Path(name).parts)
+
+
+def json_files(source, left_out):
+    """Yield (name, bytes) of every .json file in a folder or a zip, and in zips inside the zip; left_out counts other programs' files."""
     if source.is_dir():
         for path in sorted(source.rglob("*.json")):
-            yield str(path), path.read_bytes()
+            if is_foreign(path.relative_to(source)):
+                left_out("files of other programs", str(path))
+            else:
+                yield str(path), path.read_bytes()
         return
     try:
         with zipfile.ZipFile(source) as archive:
             for name in sorted(archive.namelist()):
-                if name.endswith(".json"):
+                if name.endswith((".json", ".zip")) and is_foreign(name):
+                    left_out("files of other programs", f"{source}/{name}")
+                elif name.endswith(".json"):
                     yield f"{source}/{name}", archive.read(name)
                 elif name.endswith(".zip"):
                     with tempfile.NamedTemporaryFile(suffix=".zip") as inner:
                         shutil.copyfileobj(archive.open(name), inner)
                         inner.flush()
-                        yield from json_files(Path(inner.name))
+                        yield from json_files(Path(inner.name), left_out)
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
         raise UserError(f"{source} is neither a folder nor a whole zip file ({error})") from None
 
 
 def records(source, left_out):
-    """Yield the published records; left_out, a Counter, counts the others by reason."""
-    for name, content in tqdm(json_files(source), desc="reading CVE records", unit=" files", disable=None):
+    """Yield the published records; left_out, a corpus.LeftOut, counts the others by reason."""
+    for name, content in tqdm(json_files(source, left_out), desc="reading CVE records", unit=" files", disable=None):
         try:
             record = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{name} is not JSON: {error}") from None
-        if not isinstance(record, dict) or "cveMetadata" not in record:
-            left_out["not a CVE record"] += 1
-            continue
-        try:
-            number, container = record["cveMetadata"]["cveId"], record["containers"]["cna"]
-            if record["cveMetadata"].get("state") == "REJECTED":
-                left_out["rejected"] += 1
+            if not isinstance(record, dict) or "cveMetadata" not in record:
+                left_out("not a CVE record", name)
                 continue
-            description = next(
-                (entry["value"].strip() for entry in container.get("descriptions", []) if entry["lang"].lower().startswith("en")), ""
-            )
+            state = record["cveMetadata"].get("state", "PUBLISHED")
+            if state != "PUBLISHED":  # before its text, which it need not have
+                left_out(str(state).lower(), name)
+                continue
+            number, container = record["cveMetadata"]["cveId"], record["containers"]["cna"]
+            descriptions = [entry["value"].strip() for entry in container.get("descriptions", []) if entry["lang"].lower().startswith("en")]
             title = container.get("title") or "(no title)"
             if not isinstance(number, str) or not isinstance(title, str):
                 raise TypeError("cveId and title are texts")
+        except (ValueError, RecursionError) as error:
+            left_out.bad(name, f"not JSON: {error}")
+            continue
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{name} is not a CVE record of JSON schema 5.x ({type(error).__name__}: {error})") from None
-        if description:
+            left_out.bad(name, f"not a CVE record of JSON schema 5.x ({type(error).__name__}: {error})")
+            continue
+        if description := "\n".join(filter(None, descriptions)):
             yield {"text": [number, title, description]}
         else:
-            left_out["without a description"] += 1
+            left_out("without a description", name)
 
 
 def main():
@@ -75,9 +84,9 @@ def main():
     args = options.parse_args()
     if not args.source.exists():
         raise UserError(f"{args.source} does not exist: download a release of github.com/CVEProject/cvelistV5")
-    left_out = Counter()
+    left_out = corpus.LeftOut(args.skip_bad)
     corpus.prepare_records(records(args.source, left_out), args.source, args)
-    print("left out: " + (", ".join(f"{count:,} {why}" for why, count in left_out.items()) or "none"))
+    left_out.report()
 
 
 if __name__ == "__main__":

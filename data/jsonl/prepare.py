@@ -13,7 +13,9 @@ def main():
     options = corpus.parser(__doc__, Path(__file__).parent)
     options.add_argument("files", nargs="+", type=Path, metavar="FILE.jsonl")
     args = options.parse_args()
-    corpus.prepare(lambda: corpus.read_jsonl(args.files), " ".join(map(str, args.files)), args)
+    left_out = corpus.LeftOut(args.skip_bad)
+    corpus.prepare(lambda: corpus.read_jsonl(args.files, left_out), " ".join(map(str, args.files)), args)
+    left_out.report()
 
 
 if __name__ == "__main__":

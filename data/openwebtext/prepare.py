@@ -30,14 +30,16 @@ def main():
     options.set_defaults(tokenizer="gpt2", val_fraction=0.0005)
     options.add_argument("file", nargs="?", type=Path, metavar="FILE", help="the texts, if you have them")
     args = options.parse_args()
+    left_out = corpus.LeftOut(args.skip_bad)
     if args.file is None:
         dataset = corpus.hub_dataset(DATASET, REVISION)["train"]
         texts = lambda: (row["text"] for row in dataset)
     elif args.file.suffix == ".parquet":
         texts = lambda: parquet_texts(args.file)
     else:
-        texts = lambda: corpus.read_jsonl([args.file])
+        texts = lambda: corpus.read_jsonl([args.file], left_out)
     corpus.prepare(texts, args.file or DATASET, args)
+    left_out.report()
 
 
 if __name__ == "__main__":

@@ -127,18 +127,57 @@ def test_cve_release_zip(tmp_path):
         cve_record(9),
         cve_record(10, **described("nur deutsch", "de")),
         cve_record(11, **described("An untitled flaw.", "en-US")),
+        {"cveMetadata": {"cveId": "CVE-2026-12", "state": "REJECTED"}},  # without the container
+        {"cveMetadata": {"cveId": "CVE-2026-13", "state": "RESERVED"}, "containers": {}},
+        cve_record(14, descriptions=[{"lang": lang, "value": f"In {lang}."} for lang in ("en", "de", "en-GB")]),
     ]
     with zipfile.ZipFile(tmp_path / "cves.zip", "w") as inner:
         inner.writestr("cves/deltaLog.json", "[]")
         for number, record in enumerate(records):
             inner.writestr(f"cves/2026/CVE-2026-{number}.json", json.dumps(record))
+        inner.writestr("__MACOSX/cves/2026/._CVE-2026-0.json", b"\0\5\x16\7")
     with zipfile.ZipFile(tmp_path / "release.zip", "w") as outer:
         outer.write(tmp_path / "cves.zip", "cves.zip")
+        outer.writestr("__MACOSX/._cves.zip", b"\0\5\x16\7")
     for source in ("cves.zip", "release.zip"):
         out = ok("data/cve/prepare.py", source, f"--out_dir={source[:-4]}", "--vocab_size=300", cwd=tmp_path)
-        assert "1 not a CVE record" in out and "1 rejected" in out and "2 without a description" in out
+        assert "1 not a CVE record" in out and "2 rejected" in out and "1 reserved" in out and "2 without a description" in out
+        assert f"{1 + (source == 'release.zip')} files of other programs" in out
         kept = [json.loads(line)["text"] for line in open(tmp_path / source[:-4] / "documents.jsonl")]
-        assert len(kept) == 9 and ["CVE-2026-11", "(no title)", "An untitled flaw."] in kept
+        assert len(kept) == 10 and ["CVE-2026-11", "(no title)", "An untitled flaw."] in kept
+        assert ["CVE-2026-14", "(no title)", "In en.\nIn en-GB."] in kept
+
+
+def test_one_odd_record_does_not_stop_everything(tmp_path):
+    (tmp_path / "cves").mkdir()
+    for number in range(4):
+        (tmp_path / "cves" / f"{number}.json").write_text(json.dumps(cve_record(number, **described(f"Flaw number {number}."))))
+    (tmp_path / "cves" / "bad.json").write_text(json.dumps({"cveMetadata": {"cveId": "CVE-2026-9", "state": "PUBLISHED"}}))
+    (tmp_path / "cves" / "cut.json").write_text('{"cveMetadata":')
+    (tmp_path / "cves" / "._0.json").write_bytes(b"\0\5\x16\7")
+    assert (
+        "bad.json: not a CVE record" in (said := fails("data/cve/prepare.py", "cves", "--out_dir=c", cwd=tmp_path)) and "--skip_bad" in said
+    )
+    out = ok("data/cve/prepare.py", "cves", "--out_dir=c", "--vocab_size=300", "--skip_bad", cwd=tmp_path)
+    assert "1 files of other programs" in out and "2 broken (such as cves/bad.json)" in out
+
+    write_jsonl(tmp_path / "a.jsonl", 5)
+    with open(tmp_path / "a.jsonl", "a") as file:
+        file.write('{"text": null}\n{"title": "no text"}\n{"text": "whole"}\n{"text": "cut\n')
+    assert "a.jsonl, line 6" in fails("data/jsonl/prepare.py", "a.jsonl", "--out_dir=j", cwd=tmp_path)
+    out = ok("data/jsonl/prepare.py", "a.jsonl", "--out_dir=j", "--vocab_size=300", "--skip_bad", cwd=tmp_path)
+    assert "3 broken (such as a.jsonl, line 6)" in out
+    assert Corpus(tmp_path / "j").meta["train"]["documents"] + Corpus(tmp_path / "j").meta["val"]["documents"] == 6
+    (tmp_path / "many.jsonl").write_text('{"text": "a"}\n' + "x\n" * 1001)
+    assert "more than 1,000 broken" in fails("data/jsonl/prepare.py", "many.jsonl", "--out_dir=m", "--skip_bad", cwd=tmp_path)
+
+
+def test_long_runs_of_blanks(tmp_path):
+    texts = [" " * 300_000, "a" + "\t " * 100_000 + "b", "short  run"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"x{text}y"}) + "\n" for text in texts))
+    ok("data/jsonl/prepare.py", "a.jsonl", "--out_dir=c", "--vocab_size=300", cwd=tmp_path)
+    corpus = Corpus(tmp_path / "c")
+    assert sorted(decoded(corpus, "train") + decoded(corpus, "val")) == sorted(f"x{text}y" for text in texts)
 
 
 def test_real_cve_folder(tmp_path):

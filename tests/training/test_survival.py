@@ -1,5 +1,6 @@
 """Kills, signals, damaged checkpoints, full disks, and several processes."""
 
+import json
 import os
 import random
 import resource
@@ -281,3 +282,94 @@ def test_a_killed_rank_brings_the_run_back(here):
     assert process.returncode == 0, err
     assert untimed(metrics(here / "e")) == untimed(metrics(here / "unbroken"))
     assert same(last(here / "e"), last(here / "unbroken"))
+
+
+def test_resume_goes_on_with_the_checkpoints_settings(here):
+    """Not with the config's, where the first call had others; what differs is named, and another text is refused."""
+    first = ["--learning_rate=5e-4", "--batch_size=2", "--seed=7"]
+    ok("train.py", "small.toml", *first, "--out_dir=whole", cwd=here)
+    ok("train.py", "small.toml", *first, "--max_steps=10", "--out_dir=cut", "--results=r.jsonl", cwd=here)
+    out = ok("train.py", "small.toml", "--init_from=resume", "--out_dir=cut", "--results=r.jsonl", cwd=here)
+    assert "max_steps = 20 from here on, 10 before" in out and "learning_rate" not in out
+    assert untimed(metrics(here / "cut")) == untimed(metrics(here / "whole"))
+    line = json.loads((here / "r.jsonl").read_text().splitlines()[-1])
+    assert line["seed"] == 7 and line["settings"]["learning_rate"] == 5e-4 and line["settings"]["batch_size"] == 2
+
+    out = ok("train.py", "small.toml", "--init_from=resume", "--out_dir=cut", "--max_steps=21", "--learning_rate=1e-3", cwd=here)
+    assert "learning_rate = 0.001 from here on, 0.0005 before" in out
+    (here / "changed.toml").write_text(
+        (here / "small.toml").read_text().replace("weight_decay", "#").replace("eval_interval = 5", "eval_interval = 3")
+    )
+    out = ok("train.py", "changed.toml", "--init_from=resume", "--out_dir=cut", "--max_steps=22", cwd=here)
+    assert "eval_interval = 5 as before: changed.toml says 3 now (--eval_interval=3 changes it)" in out
+
+    shutil.copytree(here / "docs", here / "other")
+    meta = json.loads((here / "other/meta.json").read_text())
+    (here / "other/meta.json").write_text(json.dumps(meta | {"sha256": "0" * 64}))
+    refused = fails("train.py", "small.toml", "--init_from=resume", "--out_dir=cut", "--data_dir=other", cwd=here)
+    assert "other is not the text that the run in cut is trained on" in refused and "--init_from=cut" in refused
+
+
+def test_a_fine_tuned_run_says_what_it_is(here, work):
+    ok("train.py", "small.toml", "--max_steps=2", "--out_dir=a", "--results=r.jsonl", cwd=here)
+    (here / "fine.toml").write_text('data_dir = "docs"\nbatch_size = 4\nmax_steps = 2\neval_iters = 1\ngrad_accum_steps = 2\n')
+    ok("train.py", "fine.toml", f"--init_from={work / 'out/small'}", "--out_dir=b", "--results=r.jsonl", cwd=here)
+    scratch, tuned = map(json.loads, (here / "r.jsonl").read_text().splitlines())
+    assert tuned["settings"]["n_layer"] == 2 and tuned["settings"]["n_embd"] == 32 and tuned["origin"] != scratch["origin"] == "scratch"
+    assert tuned["config"] != scratch["config"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_every_ordinary_end_saves(here, number):
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", "small.toml", "--out_dir=s", "--max_steps=100000", "--log_interval=1"],
+        cwd=here,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not (here / "s/metrics.jsonl").exists() or len((here / "s/metrics.jsonl").read_text().splitlines()) < 4:
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(60) == 0
+    assert checkpoint.read(checkpoint.steps(here / "s")[0])[1]["run"]["step"] == metrics(here / "s")[-1]["step"] > 0
+
+
+def test_output_that_nobody_reads_does_not_stop_training(here):
+    done = subprocess.run(
+        f'"{sys.executable}" "{ROOT}/train.py" small.toml --out_dir=s 2>&1 | head -n 1; exit ${{PIPESTATUS[0]}}',
+        cwd=here,
+        shell=True,
+        executable="/bin/bash",
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 1 and not done.stderr
+    assert metrics(here / "s")[-1]["step"] == 20
+
+
+def test_only_the_runs_own_files_go(here):
+    ok("train.py", "small.toml", "--max_steps=2", "--out_dir=s", cwd=here)
+    theirs = [here / "s" / name for name in (".notes.tmp", "step_final.safetensors", "step_1.safetensors", ".best.safetensors.tmp")]
+    for path in theirs:
+        path.write_text("mine")
+    (here / "s/.best.safetensors.123.tmp").write_text("unfinished")
+    ok("train.py", "small.toml", "--max_steps=2", "--out_dir=s", "--overwrite=True", cwd=here)
+    assert all(path.read_text() == "mine" for path in theirs) and not (here / "s/.best.safetensors.123.tmp").exists()
+
+
+def test_without_what_is_optional(here):
+    """No git, no C++ compiler, WORLD_SIZE without torchrun."""
+    (here / "bin").mkdir()
+    env = {
+        "PATH": str(here / "bin"),
+        "CXX": "no-such-compiler",
+        "TORCHINDUCTOR_CACHE_DIR": str(here / "cache"),
+        "TORCH_EXTENSIONS_DIR": str(here / "extensions"),
+    }
+    done = run_script("train.py", "small.toml", "--compile", "--max_steps=2", "--out_dir=s", "--results=r.jsonl", cwd=here, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "torch.compile does not work here" in done.stderr and "Traceback" not in done.stderr
+    assert json.loads((here / "r.jsonl").read_text())["commit"] is None
+    done = run_script("train.py", "small.toml", "--out_dir=t", cwd=here, env={"WORLD_SIZE": "2"})
+    assert done.returncode == 2 and "WORLD_SIZE = 2 is set, but not RANK, MASTER_ADDR, MASTER_PORT" in done.stderr.splitlines()[-1]
+    assert not (here / "t").exists()
