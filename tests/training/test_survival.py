@@ -286,17 +286,17 @@ def test_a_killed_rank_brings_the_run_back(here):
 
 def test_resume_goes_on_with_the_checkpoints_settings(here):
     """Not with the config's, where the first call had others; what differs is named, and another text is refused."""
-    first = ["--learning_rate=5e-4", "--batch_size=2", "--seed=7"]
+    first = ["--learning_rate=7e-4", "--batch_size=2", "--seed=7"]
     ok("train.py", "small.toml", *first, "--out_dir=whole", cwd=here)
     ok("train.py", "small.toml", *first, "--max_steps=10", "--out_dir=cut", "--results=r.jsonl", cwd=here)
     out = ok("train.py", "small.toml", "--init_from=resume", "--out_dir=cut", "--results=r.jsonl", cwd=here)
     assert "max_steps = 20 from here on, 10 before" in out and "learning_rate" not in out
     assert untimed(metrics(here / "cut")) == untimed(metrics(here / "whole"))
     line = json.loads((here / "r.jsonl").read_text().splitlines()[-1])
-    assert line["seed"] == 7 and line["settings"]["learning_rate"] == 5e-4 and line["settings"]["batch_size"] == 2
+    assert line["seed"] == 7 and line["settings"]["learning_rate"] == 7e-4 and line["settings"]["batch_size"] == 2
 
     out = ok("train.py", "small.toml", "--init_from=resume", "--out_dir=cut", "--max_steps=21", "--learning_rate=1e-3", cwd=here)
-    assert "learning_rate = 0.001 from here on, 0.0005 before" in out
+    assert "learning_rate = 0.001 from here on, 0.0007 before" in out
     (here / "changed.toml").write_text(
         (here / "small.toml").read_text().replace("weight_decay", "#").replace("eval_interval = 5", "eval_interval = 3")
     )
