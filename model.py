@@ -35,7 +35,7 @@ class ModelSettings:
     """The model's settings, one line each: default, meaning, and the rule that a value must satisfy."""
 
     block_size: int = setting(1024, "context, tokens", POSITIVE)
-    n_layer: int = setting(6, "blocks", POSITIVE)
+    n_layer: int = setting(6, "blocks", (lambda value: 0 < value <= 10000, "positive and at most 10,000"))
     n_head: int = setting(6, "heads of queries", POSITIVE)
     n_kv_head: int = setting(0, "heads of keys and values, a divisor of n_head (0: n_head)", NOT_NEGATIVE)
     n_embd: int = setting(384, "width", POSITIVE)

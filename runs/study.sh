@@ -8,8 +8,7 @@
 # These may be set: SEEDS="1 2 3", CORPORA="shakespeare_char python_docs FILE", TEXT=tinyshakespeare.txt (otherwise loaded through
 # `datasets`, unless data/shakespeare_char is there), WORKERS=2 (runs at a time, with one thread each), OPTIONS="--max_steps=900 ..."
 # (for every run; give another NAME with them), NAME=study. Runs go to out/my_NAME/CORPUS/ROW/SEED, their lines to
-# results/my_NAME.jsonl. Finished runs are not repeated, interrupted ones go on; another NAME makes them again. (results/study.jsonl
-# came with the repository: copied to results/my_study.jsonl, it is continued.)
+# results/my_NAME.jsonl. Finished runs are not repeated, interrupted ones go on; another NAME makes them again.
 [ $# -ge 1 ] || { echo 'usage: bash runs/study.sh FILE.jsonl ["ROW" ...]' >&2; exit 2; }
 for file in "$1" ${TEXT:+"$TEXT"}; do [ -f "$file" ] || { echo "runs/study.sh: $file is not a file" >&2; exit 2; }; done
 jsonl=$(realpath "$1") text=${TEXT:+$(realpath "$TEXT")} 

@@ -207,6 +207,7 @@ def test_configs(here, config):
         ("n_layers=3", "did you mean --n_layer"),
         ("n_layer=3.5", "n_layer"),
         ("n_layer=0", "positive"),
+        ("n_layer=1000000", "at most 10,000"),
         ("compile=yes", "True or False"),
         ("lr=1e-3", "did you mean --learning_rate"),
         ("max-iters=100", "did you mean --max_steps"),
