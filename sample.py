@@ -152,7 +152,7 @@ def score(model, tokens, cache_name):
 def arguments():
     """The command line. Raises UserError for values that are invalid, alone or together."""
     options = Parser(__doc__)
-    options.add_argument("out_dir", metavar="OUT_DIR", help="output folder of train.py; its best checkpoint is taken")
+    options.add_argument("out_dir", metavar="OUT_DIR", help="output folder of train.py, whose best checkpoint is taken, or a checkpoint")
     options.add_argument("--prompt", help="text to go on from (default: the beginning of a document)")
     options.add_argument("--prompt_file", metavar="FILE", help="file that holds it; - for standard input")
     options.add_argument("--prompts", metavar="FILE", help="file of prompts, one a line; - for standard input")

@@ -67,7 +67,10 @@ def load(path, names, kind):
 
 
 def find(out_dir):
-    """The path of a run's best checkpoint, or of its newest if there is no best yet. Raises UserError if there is none."""
+    """The path of a run's best checkpoint, or of its newest if there is no best yet; a checkpoint itself stands for itself. Raises
+    UserError if there is none."""
+    if Path(out_dir).is_file():
+        return Path(out_dir)
     for path in [Path(out_dir) / "best.safetensors", *steps(out_dir)]:
         if path.exists():
             return path

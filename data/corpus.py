@@ -38,7 +38,7 @@ def parser(description, out_dir):
         "--tokenizer",
         default="bpe",
         help="bpe: trained on this corpus (default); char; a name of tiktoken's, such as gpt2; "
-        "or the tokenizer of an output folder of train.py",
+        "or that of another corpus's folder, or of an output folder or a checkpoint of train.py",
     )
     options.add_argument("--vocab_size", type=int, default=30522, help="of a bpe, the end token counted (default: %(default)s)")
     options.add_argument(
@@ -144,7 +144,9 @@ def _prepare(texts, source, args, one_document):
         )
     elif args.tokenizer == "char":
         tokenizer = tokenizers.Characters.train((text for _, text in pieces()), end_token=not one_document)
-    elif Path(args.tokenizer).is_dir():
+    elif (Path(args.tokenizer) / "tokenizer.json").exists():
+        tokenizer = Corpus(args.tokenizer).tokenizer
+    elif Path(args.tokenizer).exists():
         tokenizer = tokenizers.from_json(checkpoint_file.read(checkpoint_file.find(args.tokenizer))[1]["tokenizer"])
     else:
         tokenizer = tokenizers.BPE.named(args.tokenizer)

@@ -11,7 +11,7 @@
 # results/my_NAME.jsonl. Finished runs are not repeated, interrupted ones go on; another NAME makes them again.
 [ $# -ge 1 ] || { echo 'usage: bash runs/study.sh FILE.jsonl ["ROW" ...]' >&2; exit 2; }
 for file in "$1" ${TEXT:+"$TEXT"}; do [ -f "$file" ] || { echo "runs/study.sh: $file is not a file" >&2; exit 2; }; done
-jsonl=$(realpath "$1") text=${TEXT:+$(realpath "$TEXT")} 
+jsonl=$(realpath "$1") text=${TEXT:+$(realpath "$TEXT")}
 shift
 . "$(dirname "$0")/setup.sh"
 name=$(own_name "${NAME:-study}")

@@ -222,3 +222,16 @@ def test_nobody_takes_the_output(work):
 )
 def test_mistakes(work, args, expected):
     assert expected in fails("sample.py", *args, cwd=work)
+
+
+def test_any_checkpoint_and_any_tokenizer(work, here):
+    small = work / "out/small"
+    step = small / "step_00000020.safetensors"
+    options = ["--prompt=The", "--max_new_tokens=5", "--temperature=0"]
+    assert ok("sample.py", small / "best.safetensors", *options, cwd=here) == ok("sample.py", small, *options, cwd=here)
+    assert len(ok("sample.py", step, *options, cwd=here)) > 0
+    assert "no checkpoint" in fails("sample.py", here / "small.toml", *options, cwd=here)
+    (here / "a.jsonl").write_text("".join(f'{{"text": "the list {number} of names"}}\n' for number in range(50)))
+    for number, source in enumerate((small, step, "docs")):
+        ok("data/jsonl/prepare.py", "a.jsonl", f"--tokenizer={source}", f"--out_dir=c{number}", cwd=here)
+    assert len({(here / f"c{number}/tokenizer.json").read_text() for number in range(3)}) == 1

@@ -100,9 +100,13 @@ class Log:
             peak = next(
                 (peak for part, peak in PEAK_FLOPS.items() if run.device.type == "cuda" and part in torch.cuda.get_device_name()), None
             )
+            text = f"loss {loss:.3f}, {speed:,.0f} tokens/s, {flops / 1e9:,.0f} GFLOP/s" + (
+                f", MFU {flops / WORLD / peak:.1%}" if peak else ""
+            )
+            if self.progress.disable:  # without a terminal
+                self.say(text)
             self.progress.set_postfix_str(
-                f"loss {loss:.3f}, {speed:,.0f} tokens/s, {flops / 1e9:,.0f} GFLOP/s"
-                + (f", MFU {flops / WORLD / peak:.1%}" if peak else ""),
+                text,
                 refresh=False,
             )
         self.progress.update()
@@ -147,7 +151,7 @@ class Log:
             self.wandb.finish()
         if self.master:
             print(
-                f"{run.out_dir}: best validation loss {state.best_loss:.4f}"
+                f"{run.out_dir}: best validation loss {state.best_loss:.4f}: python sample.py {run.out_dir} --prompt=TEXT samples from it"
                 if state.step == run.settings.max_steps
                 else f"{run.out_dir}: stopped and saved at step {state.step}: --init_from=resume goes on"
             )
