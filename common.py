@@ -122,6 +122,11 @@ class Unread:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
+def first_line(error):
+    """What an exception says first, or its kind where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def end_output():
     """Flush standard output, if that is possible, and let nothing more reach it."""
     with suppress(OSError):
@@ -220,7 +225,7 @@ def choose_device(name, local_rank=0):
         device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+        raise UserError(f"device {name!r} cannot be used here: {first_line(error)}") from None
     return device
 
 

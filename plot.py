@@ -118,7 +118,10 @@ def overview(sources, folders, max_loss, n_head):
     for source in sources:
         if L is None and source.suffix == ".parquet":
             L = torch.from_numpy(load_laplacian(source))
-            heads = [kron_reduction(L, slice(at, at + len(L) // n_head)) for at in range(0, len(L), len(L) // n_head)] if n_head else []
+            if n_head is not None and (n_head < 1 or len(L) % n_head or n_head == len(L)):
+                raise UserError(f"--n_head={n_head} must divide the {len(L)} features into heads of two or more")
+            D = len(L) // n_head if n_head else None
+            heads = [kron_reduction(L, slice(at, at + D)) for at in range(0, len(L), D)] if D else []
         elif L is None and any(source.glob("*.safetensors")):
             path = checkpoint.find(source)
             tensors, header = checkpoint.read(path)
@@ -157,7 +160,7 @@ def idea(folder, text, layer, head):
     at = seen[layer]
     weights = attention_weights(at.lambda_q, at.lambda_k, at.temperature, at.log_decay, at.key_bias)[0, head, -1]
     temperature = at.temperature.expand(heads)[head].item() if torch.is_tensor(at.temperature) else at.temperature
-    names = [tokenizer.decode_bytes([token]).decode(errors="replace").strip() or "_" for token in tokens]
+    names = [tokenizer.decode_bytes([token]).decode(errors="replace").strip().replace("$", r"\$") or "_" for token in tokens]
     lambda_k = at.lambda_k[0, head * at.lambda_k.size(1) // heads]
     return partial(
         draw_idea, lambda_q=at.lambda_q[0, head, -1].item(), lambda_k=lambda_k, weights=weights, temperature=temperature, names=names
@@ -204,6 +207,10 @@ def main():
     options.add_argument("--overwrite", action="store_true", help="replace a figure that is there already")
     args = options.parse_args()
 
+    if args.max_loss is not None and not 0 < args.max_loss < np.inf:
+        raise UserError(f"--max_loss={args.max_loss} must be positive")
+    if args.idea == "":
+        raise UserError("--idea= is an empty text")
     folders = [source for source in args.sources if source.suffix != ".parquet"]
     if (args.bands or args.idea) and (len(args.sources) != 1 or not folders or args.bands and args.idea):
         raise UserError("--bands and --idea take one output folder of train.py, each by itself")

@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from common import UserError
+from common import UserError, first_line
 from data import checkpoint_file
 from model import energy
 from ops.attention import compiled
@@ -270,7 +270,7 @@ def not_compiled():
     try:
         decode()
     except Exception as error:  # no compiler, or one that cannot compile this code
-        return str(error).splitlines()[0]
+        return first_line(error)
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from common import ROOT
+from common import ROOT, first_line
 
 IMPLS = ("auto", "naive", "tree", "walk", "triton")
 TRITON_WIDTH = 128  # the widest head of impl="triton"
@@ -290,7 +290,7 @@ def _fastest(device, context):  # reports its choice on standard error; cached, 
             load_walk()
             impl, reason = "walk", "compiled for this CPU"
         except Exception as error:  # no compiler, or one that cannot compile this code
-            impl, reason = "tree", f"attention.cpp could not be compiled: {str(error).splitlines()[0]}"
+            impl, reason = "tree", f"attention.cpp could not be compiled: {first_line(error)}"
     else:
         impl = "tree" if context == "long" else "triton" if tiles else "naive"
         reason = f"{'from' if context == 'long' else 'below'} {long_from(device):,} tokens{' on' if context == 'long' else ''}"

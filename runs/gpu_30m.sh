@@ -10,7 +10,8 @@
 # network: it takes .venv if there is one, else the active python3 (or PYTHON).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-deadline=$((SECONDS + ${LIMIT:-540}))
+[[ ${LIMIT:=540} =~ ^[0-9]+$ ]] || { echo "$0: LIMIT=$LIMIT must be seconds" >&2; exit 2; }
+deadline=$((SECONDS + LIMIT))
 data=${DATA:-data/cve} results=results/my_${NAME:-30m} parts=${PARTS:-a b c} models="tau_30m dot_30m tau_30m_best dot_30m_best"
 [ ! -f .venv/bin/activate ] || . .venv/bin/activate
 python=${PYTHON:-python3}

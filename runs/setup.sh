@@ -1,5 +1,7 @@
 # Sourced by the other scripts: goes to the repository's root, makes .venv once, and installs requirements.txt in it.
 set -euo pipefail
+trap 'echo "$0: interrupted" >&2; exit 130' INT  # train.py has saved, and ends with 0
+trap 'exit 143' TERM
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
 command -v "$python" > /dev/null || { echo "$python not found: set PYTHON to Python 3.11 or later" >&2; exit 2; }
@@ -43,7 +45,7 @@ END
     shift
     [ "$(cat "$output.made" 2> /dev/null)" != "$stamp" ] || again=--overwrite  # what a killed call has left
     if [ -e "$output" ]; then
-        [ -n "$again" ] || { echo "$0: $output was made otherwise, of another input or with other options: move its folder away" >&2; exit 2; }
+        [ -n "$again" ] || { echo "$0: $output was made otherwise, of another input or with other options: give DATA=ANOTHER_FOLDER" >&2; exit 2; }
         echo "$output: there already"
         return
     fi

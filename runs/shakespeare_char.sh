@@ -9,7 +9,7 @@ data=data/shakespeare_char
 [ -f $data/laplacian.parquet ] || show python build_laplacian.py --graph=chain --dim=32 --out=$data/laplacian.parquet
 
 for attention in tau dot; do
-    show python train.py configs/shakespeare_char_$attention.toml --overwrite=True
+    show python train.py configs/shakespeare_char_$attention.toml --init_from=auto
     cp out/shakespeare_char_$attention/metrics.jsonl results/my_shakespeare_char_$attention.jsonl
 done
 show python plot.py out/shakespeare_char_tau out/shakespeare_char_dot --out=results/my_shakespeare_char.png --overwrite

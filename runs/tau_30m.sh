@@ -18,7 +18,7 @@ done
 corpus=$(realpath "$1") laplacian=${LAPLACIAN:+$(realpath "$LAPLACIAN")} data=${DATA:-data/cve}
 shift
 . "$(dirname "$0")/setup.sh"
-numbers GPUS "${GPUS:=1}"
+[[ ${GPUS:=1} =~ ^[1248]$ ]] || { echo "$0: GPUS=$GPUS must be 1, 2, 4 or 8" >&2; exit 2; }
 
 embed() {  # with the published model; without it, LSA
     show python data/embed.py "$data" --model=all-MiniLM-L6-v2 "$@" && return

@@ -38,10 +38,15 @@ def test_mistakes(work, tmp_path, args, expected):
 def test_idea(work, here):
     out = ok("plot.py", work / "out/small", "--idea=the list of names", "--layer=1", "--head=2", "--out=i.png", cwd=here)
     assert "figure: i.png" in out and (here / "i.png").stat().st_size > 10_000
+    ok("plot.py", work / "out/small", "--idea=a $^$ of $x", "--out=tex.png", cwd=here)
+    for n_head in (0, 3, 32, 1000):
+        assert f"--n_head={n_head}" in fails("plot.py", work / "docs/laplacian.parquet", f"--n_head={n_head}", "--out=l.png", cwd=here)
     for options, expected in (
         (["--idea=the list", "--layer=2"], "--layer=2"),
         (["--idea=the list", "--head=4"], "--head=4"),
         (["--idea=a"], "tokens"),
+        (["--idea="], "empty"),
+        (["--max_loss=nan"], "--max_loss=nan"),
         (["--idea=the list", "--bands"], "one output folder"),
     ):
         assert expected in fails("plot.py", work / "out/small", *options, "--out=j.png", cwd=here)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from common import WORLD, peak_rss_mb
+from common import WORLD, first_line, peak_rss_mb
 from ops.fused import LOSS_CHUNK
 from training import optim
 
@@ -21,7 +21,7 @@ def memory_errors_named(settings):
         raise SystemExit(
             f"train.py: out of memory: lower batch_size = {settings.batch_size} (and raise grad_accum_steps = "
             f"{settings.grad_accum_steps} in its place), or block_size = {settings.block_size} "
-            f"({str(error).splitlines()[0]})"
+            f"({first_line(error)})"
         ) from None
 
 

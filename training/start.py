@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import LOCAL_RANK, RANK, WORLD, UserError, choose_device, read_lines
+from common import LOCAL_RANK, RANK, WORLD, UserError, choose_device, first_line, read_lines
 from data.corpus import Corpus
 from data.laplacian import load_laplacian
 from model import INIT_STD, ModelConfig, Tauformer
@@ -239,8 +239,7 @@ def new_model(settings, corpus):
         return model, laplacian
     except (RuntimeError, MemoryError) as error:
         raise UserError(
-            f"the model does not fit into memory: lower n_layer = {config.n_layer} or n_embd = "
-            f"{config.n_embd} ({str(error).splitlines()[0]})"
+            f"the model does not fit into memory: lower n_layer = {config.n_layer} or n_embd = {config.n_embd} ({first_line(error)})"
         ) from None
 
 

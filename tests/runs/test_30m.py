@@ -4,8 +4,10 @@ import json
 import lzma
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -87,9 +89,29 @@ def test_tau_30m_goes_on_and_does_nothing_twice(copy):
         (["absent"], {}, "absent does not exist"),
         (["other.jsonl", "--out_dir=x"], {}, "--out_dir"),
         (["other.jsonl"], {"MODELS": "tau_31m"}, "tau_31m"),
+        (["other.jsonl"], {"GPUS": "0"}, "GPUS=0"),
         (["other.jsonl"], {"LAPLACIAN": "no"}, "LAPLACIAN=no"),
     ):
         assert expected in script(copy, "runs/tau_30m.sh", *args, returncode=2, **settings).splitlines()[-1]
+
+
+def test_ctrl_c_ends_the_script_too(copy):
+    """train.py saves and ends with 0; the steps after it are not made of half a run."""
+    process = subprocess.Popen(
+        ["bash", "runs/tau_30m.sh", "text.jsonl.xz", *TINY, "--max_steps=100000"],
+        cwd=copy,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "LAPLACIAN": "chain.parquet", "MODELS": "dot_30m"},
+    )
+    log = copy / "out/dot_30m/metrics.jsonl"
+    while not log.exists() or len(log.read_text().splitlines()) < 4:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(120) == 130
+    assert not (copy / "out/dot_30m/figure.png").exists()
+    assert int(max(path.stem for path in (copy / "out/dot_30m").glob("step_*"))[5:]) == metrics(copy / "out/dot_30m")[-1]["step"]
 
 
 def test_tau_30m_embeds_where_no_laplacian_is_given(copy):
