@@ -20,11 +20,13 @@ import torch
 import common
 from common import RANK, WORLD
 from training import checkpoint, memory, optim, processes, taumode
+from training.batches import batch_of, step_batches
 from training.config import parse
-from training.evaluation import averaged, batch_of, shown, step_batches, validation_record
+from training.evaluation import averaged, shown, validation_record
+from training.folder import only_looks
 from training.log import Log, profiled
 from training.processes import no_sync, summed, whole
-from training.start import only_looks, start
+from training.start import start
 
 LOWEST_SCALE = 0.03125  # lowest factor of the plateau rule: 5 halvings, the published run's last
 MEMORY = 0.98  # share of the losses' running mean that is kept per step: about the mean of 50 steps

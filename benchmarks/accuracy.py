@@ -14,8 +14,8 @@ from model import ModelConfig, Tauformer
 from ops.attention import tau_attention
 from train import train
 from training import optim, taumode
+from training.batches import step_batches, to_device, training_batch
 from training.config import Settings, read_settings
-from training.evaluation import step_batches, to_device, training_batch
 from training.processes import Signals
 from training.start import domain_laplacian, model_settings, start
 

@@ -15,8 +15,8 @@ from common import UserError
 from data.corpus import Corpus
 from model import ModelConfig
 from training import checkpoint, memory
+from training.batches import training_batch
 from training.config import Settings, parse
-from training.evaluation import training_batch
 
 TAU = "model.blocks.0.attention.log_tau"
 

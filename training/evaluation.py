@@ -1,6 +1,5 @@
-"""The windows of text that a run trains on, and its loss on held-out ones."""
+"""The loss of a run on held-out text."""
 
-import functools
 import math
 from contextlib import contextmanager
 
@@ -9,54 +8,14 @@ import torch
 
 from common import RANK, WORLD
 from training import taumode
+from training.batches import to_device
 from training.processes import summed
-
-
-def training_batch(corpus, settings, T, step, micro):
-    """Windows of tokens, int64 (batch_size, T + 1), a function of (seed, step, micro) alone: the same for any number of
-    processes, and after any resume."""
-    if settings.sampling == "passes":
-        windows = (len(corpus.train) - 1) // T
-        first = (step * settings.grad_accum_steps + micro) * settings.batch_size
-        starts = [
-            T * window_order(settings.seed, number // windows, windows)[number % windows]
-            for number in range(first, first + settings.batch_size)
-        ]
-    else:
-        starts = np.random.default_rng([settings.seed, step, micro]).integers(0, len(corpus.train) - T, settings.batch_size)
-    return corpus.batch(starts, T, "train")
-
-
-@functools.lru_cache(maxsize=2)
-def window_order(seed, number, windows):
-    """The order of the windows in pass `number`, (windows,)."""
-    return np.random.default_rng([seed, number]).permutation(windows)
 
 
 def validation_starts(corpus, settings, T):
     """Where the windows of every validation begin: eval_iters * batch_size of them, or as many as val.bin has."""
     count = min(settings.eval_iters * settings.batch_size, (len(corpus.val) - 1) // T)
     return np.linspace(0, len(corpus.val) - 1 - T, count).astype(int)
-
-
-def to_device(batch, device):
-    """(idx, targets), each (B, T) int64 on the device, of a batch (B, T + 1)."""
-    batch = torch.from_numpy(batch)
-    if device.type == "cuda":
-        batch = batch.pin_memory().to(device, non_blocking=True)
-    else:
-        batch = batch.to(device)
-    return batch[:, :-1], batch[:, 1:]
-
-
-def batch_of(run, step, micro):
-    """(idx, targets), each (B, T), of a step's batch."""
-    return to_device(training_batch(run.corpus, run.settings, run.T, step, micro), run.device)
-
-
-def step_batches(run):
-    """An iterator over the idx (B, T) of this process's batches of the next step."""
-    return (batch_of(run, run.state.step, micro)[0] for micro in run.micro_batches)
 
 
 @contextmanager

@@ -1,27 +1,23 @@
 """What a run reports: metrics.jsonl, diagnostics.jsonl, the progress bar, Weights & Biases, and its line in the results file. Only
 rank 0 writes."""
 
-import fcntl
 import hashlib
 import json
 import math
-import os
-import re
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from common import RANK, WORLD, UserError, append_line, commit, output_folder, replacing
-from training import checkpoint, taumode
+from common import RANK, WORLD, UserError, append_line, commit, replacing
+from training import taumode
+from training.batches import to_device
 from training.config import changed_settings, config_hash
 from training.diagnostics import collapses, diagnose
-from training.evaluation import to_device
+from training.folder import clear_folder, take_folder
 from training.memory import peak_mem_mb
-from training.start import files_of
 
 PEAK_FLOPS = {
     "B200": 2250e12,
@@ -34,7 +30,6 @@ PEAK_FLOPS = {
     "4090": 165e12,
     "3090": 71e12,
 }  # FLOP/s in dense bfloat16, by a part of the device's name
-UNFINISHED = re.compile(r"\.((best|step_\d+)\.safetensors|(metrics|diagnostics)\.jsonl|profile\.json)\.\d+\.tmp")  # of a killed run
 DIAGNOSED = 4  # validation windows that the diagnostics use
 
 
@@ -159,31 +154,6 @@ class Log:
 
 def digest_of(laplacian):
     return None if laplacian is None else hashlib.sha256(laplacian.numpy().tobytes()).hexdigest()[:12]
-
-
-def take_folder(run):
-    """Make the output folder and lock it until this process ends. Raises UserError if another process has."""
-    with output_folder(run.out_dir):
-        Path(run.settings.results).parent.mkdir(parents=True, exist_ok=True)
-        open(run.settings.results, "a").close()  # a file that cannot be written is found now
-    try:
-        fcntl.flock(os.open(run.out_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another process trains in {run.out_dir}: wait for it, or give another --out_dir") from None
-
-
-def clear_folder(run):
-    """Delete from the folder the checkpoints and log lines past the step that the run resumes from; for a new run, all of an old run."""
-    later = [path for path in checkpoint.steps(run.out_dir) if path > checkpoint.step_path(run.out_dir, run.state.step)]
-    unfinished = [path for path in run.out_dir.glob(".*.tmp") if UNFINISHED.fullmatch(path.name)]
-    for path in [*(later if run.resumed else files_of(run.out_dir)), *unfinished]:
-        path.unlink()
-    for path, text in zip(run.logs, run.past):
-        if text:
-            with replacing(path) as temporary:
-                temporary.write_text(text)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def first_line(run):

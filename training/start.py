@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import LOCAL_RANK, RANK, WORLD, UserError, choose_device, first_line, read_lines
+from common import LOCAL_RANK, RANK, WORLD, UserError, choose_device, first_line
 from data.corpus import Corpus
 from data.laplacian import load_laplacian
 from model import INIT_STD, ModelConfig, Tauformer
 from training import checkpoint, optim, processes, taumode
+from training.batches import step_batches
 from training.checkpoint import RunState
 from training.config import COMMAND_LINE, Settings, go_on_with
-from training.evaluation import step_batches, validation_starts
-
-LOGS = "metrics.jsonl", "diagnostics.jsonl"
+from training.evaluation import validation_starts
+from training.folder import LOGS, lines_until, only_looks, refuse_to_replace
 
 
 @dataclass
@@ -65,11 +65,6 @@ class Run:
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype) if self.dtype is torch.bfloat16 else nullcontext()
-
-
-def only_looks(settings):
-    """Whether the run writes nothing."""
-    return settings.eval_only or settings.dry_run
 
 
 def start(settings, given):
@@ -156,27 +151,6 @@ def choose_init_from(settings):
         settings.init_from = "resume"
     elif settings.init_from == "auto":
         settings.init_from = "scratch"
-
-
-def files_of(out_dir):
-    """The files of a run that the folder holds."""
-    return [*checkpoint.steps(out_dir), *(path for path in (Path(out_dir) / name for name in ("best.safetensors", *LOGS)) if path.exists())]
-
-
-def lines_until(path, step):
-    """The text of a JSON Lines file without the lines that a resume from `step` will write again."""
-    lines = read_lines(path, step=int) if path.exists() else []
-    return "".join(line for line, record in lines if record["step"] <= step)
-
-
-def refuse_to_replace(settings, resumed):
-    held = files_of(settings.out_dir)
-    if held and not (resumed or settings.overwrite or only_looks(settings)):
-        raise UserError(
-            f"{Path(settings.out_dir)} holds a run already ({', '.join(path.name for path in held)}): give "
-            + ("--init_from=resume, " if checkpoint.steps(settings.out_dir) else "--init_from=scratch with ")
-            + "--overwrite=True, or another --out_dir"
-        )
 
 
 def domain_laplacian(settings):

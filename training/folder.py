@@ -1,0 +1,63 @@
+"""A run's output folder: what it holds, and how a run takes it over."""
+
+import fcntl
+import os
+import re
+from pathlib import Path
+
+from common import UserError, output_folder, read_lines, replacing
+from training import checkpoint
+
+LOGS = "metrics.jsonl", "diagnostics.jsonl"
+UNFINISHED = re.compile(r"\.((best|step_\d+)\.safetensors|(metrics|diagnostics)\.jsonl|profile\.json)\.\d+\.tmp")  # of a killed run
+
+
+def only_looks(settings):
+    """Whether the run writes nothing."""
+    return settings.eval_only or settings.dry_run
+
+
+def files_of(out_dir):
+    """The files of a run that the folder holds."""
+    return [*checkpoint.steps(out_dir), *(path for path in (Path(out_dir) / name for name in ("best.safetensors", *LOGS)) if path.exists())]
+
+
+def lines_until(path, step):
+    """The text of a JSON Lines file without the lines that a resume from `step` will write again."""
+    lines = read_lines(path, step=int) if path.exists() else []
+    return "".join(line for line, record in lines if record["step"] <= step)
+
+
+def refuse_to_replace(settings, resumed):
+    held = files_of(settings.out_dir)
+    if held and not (resumed or settings.overwrite or only_looks(settings)):
+        raise UserError(
+            f"{Path(settings.out_dir)} holds a run already ({', '.join(path.name for path in held)}): give "
+            + ("--init_from=resume, " if checkpoint.steps(settings.out_dir) else "--init_from=scratch with ")
+            + "--overwrite=True, or another --out_dir"
+        )
+
+
+def take_folder(run):
+    """Make the output folder and lock it until this process ends. Raises UserError if another process has."""
+    with output_folder(run.out_dir):
+        Path(run.settings.results).parent.mkdir(parents=True, exist_ok=True)
+        open(run.settings.results, "a").close()  # a file that cannot be written is found now
+    try:
+        fcntl.flock(os.open(run.out_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process trains in {run.out_dir}: wait for it, or give another --out_dir") from None
+
+
+def clear_folder(run):
+    """Delete from the folder the checkpoints and log lines past the step that the run resumes from; for a new run, all of an old run."""
+    later = [path for path in checkpoint.steps(run.out_dir) if path > checkpoint.step_path(run.out_dir, run.state.step)]
+    unfinished = [path for path in run.out_dir.glob(".*.tmp") if UNFINISHED.fullmatch(path.name)]
+    for path in [*(later if run.resumed else files_of(run.out_dir)), *unfinished]:
+        path.unlink()
+    for path, text in zip(run.logs, run.past):
+        if text:
+            with replacing(path) as temporary:
+                temporary.write_text(text)
+        else:
+            path.unlink(missing_ok=True)
