@@ -206,6 +206,12 @@ class StreamCache(CompiledCache):
 
     def attend(self, layer, operator):
         def attend(lambda_q, lambda_k, v, temperature, log_decay, key_bias):
+            for x in (lambda_q, lambda_k):
+                least, greatest = (bound.item() for bound in torch.aminmax(x))
+                if not 0 <= least <= greatest <= 1:  # NaN too; in float32 lambda may round to 1
+                    raise UserError(
+                        f"cache 'stream' needs lambdas from 0 to 1; layer {layer} has {least:.4g} to {greatest:.4g}: use 'exact'"
+                    )
             B, H, T = lambda_q.shape
             Hkv, D = v.size(1), v.size(3)
             temperature = torch.as_tensor(temperature, dtype=torch.float64).expand(H).contiguous()

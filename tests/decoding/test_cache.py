@@ -118,3 +118,14 @@ def test_a_stream_of_another_model_is_refused(tmp_path):
     (tmp_path / "s").write_bytes((tmp_path / "s").read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match="damaged"):
         StreamCache.load(tmp_path / "s", model.config, "hash")
+
+
+@pytest.mark.parametrize("change", [lambda x: x + 1, lambda x: -x, lambda x: x * float("nan")])
+def test_lambdas_that_a_stream_cannot_take_are_refused(change):
+    """Where the model has been changed so that they leave the range that its bins cover; exact has no such range."""
+    model, idx = model_and_tokens(300)
+    for block in model.blocks:
+        lambdas = block.attention.lambdas
+        block.attention.lambdas = lambda E, lambdas=lambdas: change(lambdas(E))
+    with torch.no_grad(), pytest.raises(UserError, match="needs lambdas from 0 to 1; layer 0"):
+        model(idx[:1], cache=StreamCache(model.config))
