@@ -2,6 +2,7 @@
 # The main job on a small scale: from text to a trained Tauformer and a sample, in about six minutes on two CPU cores.
 # No network is needed once the packages are installed. What exists is used again; an interrupted training run goes on.
 # Options are handed on to train.py: bash runs/quickstart.sh --max_steps=100
+case " $* " in *" --out_dir"* | *" --out-dir"*) echo "$0: --out_dir cannot be given: the run goes to out/quickstart" >&2; exit 2 ;; esac
 . "$(dirname "$0")/setup.sh"
 
 data=data/python_docs

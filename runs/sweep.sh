@@ -8,6 +8,8 @@
 name=$1 config=$(realpath "$2") seeds=$3
 shift 3
 . "$(dirname "$0")/setup.sh"
+numbers SEEDS "$seeds"
+[[ $name =~ ^[A-Za-z0-9._-]+$ ]] || { echo "$0: NAME=$name must be letters, digits, dots, dashes and underscores" >&2; exit 2; }
 results=results/$(own_name "$name").jsonl
 
 for seed in $seeds; do

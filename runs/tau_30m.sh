@@ -11,7 +11,7 @@
 [ $# -ge 1 ] || { echo "usage: bash runs/tau_30m.sh CORPUS [--key=value ...]" >&2; exit 2; }
 [ -e "$1" ] || { echo "runs/tau_30m.sh: $1 does not exist" >&2; exit 2; }
 [ -z "${LAPLACIAN:-}" ] || [ -f "$LAPLACIAN" ] || { echo "runs/tau_30m.sh: LAPLACIAN=$LAPLACIAN is not a file" >&2; exit 2; }
-case " $* " in *" --out_dir="*) echo "runs/tau_30m.sh: --out_dir cannot be given: each model has its own, out/MODEL" >&2; exit 2 ;; esac
+case " $* " in *" --out_dir"* | *" --out-dir"*) echo "runs/tau_30m.sh: --out_dir cannot be given: each model has its own, out/MODEL" >&2; exit 2 ;; esac
 for model in ${MODELS:=tau_30m}; do
     [ -f "$(dirname "$0")/../configs/$model.toml" ] || { echo "runs/tau_30m.sh: MODELS=\"$MODELS\": there is no configs/$model.toml" >&2; exit 2; }
 done
