@@ -100,10 +100,7 @@ class Log:
             )
             if self.progress.disable:  # without a terminal
                 self.say(text)
-            self.progress.set_postfix_str(
-                text,
-                refresh=False,
-            )
+            self.progress.set_postfix_str(text, refresh=False)
         self.progress.update()
 
     def diagnose(self):

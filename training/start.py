@@ -90,7 +90,7 @@ def start(settings, given):
 
     corpus = Corpus(settings.data_dir)
     corpus.train = corpus.train[: math.ceil(len(corpus.train) * settings.train_fraction)]
-    if state.data not in (None, corpus.meta["sha256"]):
+    if state.data not in (None, corpus.meta["sha256"]) and not settings.eval_only:
         raise UserError(
             f"{settings.data_dir} is not the text that the run in {settings.out_dir} is trained on: leave it out, or start a run "
             f"from this one with --init_from={settings.out_dir} --out_dir=OTHER"

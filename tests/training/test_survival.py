@@ -308,6 +308,8 @@ def test_resume_goes_on_with_the_checkpoints_settings(here):
     (here / "other/meta.json").write_text(json.dumps(meta | {"sha256": "0" * 64}))
     refused = fails("train.py", "small.toml", "--init_from=resume", "--out_dir=cut", "--data_dir=other", cwd=here)
     assert "other is not the text that the run in cut is trained on" in refused and "--init_from=cut" in refused
+    evaluate = ["train.py", "small.toml", "--init_from=resume", "--out_dir=cut", "--eval_only=True"]  # may be on another text
+    assert ok(*evaluate, "--data_dir=other", cwd=here) == ok(*evaluate, cwd=here)
 
 
 def test_a_fine_tuned_run_says_what_it_is(here, work):
