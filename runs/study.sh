@@ -2,7 +2,7 @@
 # What each switch is worth, for tau and for its dot-product twin, on three corpora: Tiny Shakespeare characters, the
 # documentation of Python, and a JSONL file of yours (docs/quality.md's figures are of security advisories).
 #
-#     bash runs/study.sh FILE.jsonl                        all of it
+#     bash runs/study.sh FILE.jsonl                        all of it: the rows below down to the empty line
 #     bash runs/study.sh FILE.jsonl "tau + gate" dot       these rows only
 #
 # These may be set: SEEDS="1 2 3", CORPORA="shakespeare_char python_docs FILE", TEXT=tinyshakespeare.txt (otherwise loaded through
@@ -54,6 +54,9 @@ tau + all, 8 heads, complete graph | $best --laplacian=DATA/complete.parquet
 tau, published, random graph    | --laplacian=DATA/random.parquet
 tau, published, chain           | --laplacian=DATA/chain.parquet
 tau, published, complete graph  | --laplacian=DATA/complete.parquet
+
+tau + all, 8 heads, token vectors                | $best --embedding_init=domain
+tau + all, 8 heads, token vectors, random graph  | $best --embedding_init=domain --laplacian=DATA/random.parquet
 EOF
 )
 chosen=
@@ -62,7 +65,7 @@ for row; do
     [ -n "$line" ] || { echo "runs/study.sh: no row \"$row\"; there are: $(cut -d'|' -f1 <<< "$rows" | paste -sd';')" >&2; exit 2; }
     chosen+=${chosen:+$'\n'}$line
 done
-rows=${chosen:-$rows}
+rows=${chosen:-${rows%%$'\n\n'*}}
 
 prepare() {  # CORPUS: makes it, and its graphs of F = n_embd features
     local data=data/$1 documents=data/$1
