@@ -28,6 +28,7 @@ from ops.dot import DOT_SCALE, dot_attention, window_attention
 from ops.fused import ENERGY_EPS, NORM_EPS, ChunkedLoss, Energy, RMSNorm, SquaredReluMLP, by_head, rayleigh_quotient
 
 INIT_STD = 0.02
+RECALL_STD, RECALL_TEMPERATURE, RECALL_SHARPNESS = 1.0, 0.004, 3.0  # where recall heads start: their matrix; tau; dot
 
 
 @dataclass
@@ -67,6 +68,12 @@ class ModelSettings:
     key_bias: bool = setting(False, "a bias per key, computed from its token: how much the key counts")
     output_gate: bool = setting(False, "multiply the heads' output by the sigmoid of a projection of the token")
     local_heads: int = setting(0, "tau: query heads that attend by dot product instead, to the last local_window tokens only", NOT_NEGATIVE)
+    recall_heads: int = setting(
+        0,
+        "query heads, the last ones, whose queries are their own keys, each moved on by one token: they attend to what followed an earlier "
+        "occurrence of the query's token",
+        NOT_NEGATIVE,
+    )
     local_window: int = setting(16, "tokens that a local head sees, the query's own included", POSITIVE)
     tau_rope: bool = setting(True, "tau: apply RoPE also to the queries and keys whose energies are compared, not only to the local heads'")
 
@@ -92,6 +99,11 @@ class ModelConfig(ModelSettings):
                 f"local_heads={self.local_heads} must be less than n_head={self.n_head} and a multiple of {group}, "
                 "the heads that share keys"
             )
+        if self.recall_heads % group or self.recall_heads >= self.n_head - self.local_heads + bool(self.local_heads):
+            raise UserError(
+                f"recall_heads={self.recall_heads} must be a multiple of {group}, the heads that share keys, and leave "
+                f"a head: n_head={self.n_head}, local_heads={self.local_heads}"
+            )
         if self.attention == "dot" and (self.spectral_filter or self.local_heads or not self.tau_rope):
             raise UserError(
                 "attention='dot' has no spectral_filter, no local_heads, and rotates: give spectral_filter=False, "
@@ -105,6 +117,10 @@ class ModelConfig(ModelSettings):
     @property
     def local_kv_heads(self):
         return self.local_heads * self.n_kv_head // self.n_head
+
+    @property
+    def recall_kv_heads(self):
+        return self.recall_heads * self.n_kv_head // self.n_head
 
 
 def norm(x):
@@ -225,8 +241,10 @@ class Attention(nn.Module):
         self.operator = tau_attention if config.attention == "tau" else dot_attention
         C, D, H, Hkv = config.n_embd, config.head_size, config.n_head, config.n_kv_head
         far_kv = Hkv - config.local_kv_heads  # key/value heads that are not local
-        self.query = nn.Linear(C, H * D, bias=False)
-        self.key = nn.Linear(C, Hkv * D, bias=False)
+        self.query = nn.Linear(C, (H - config.recall_heads) * D, bias=False)
+        self.key = nn.Linear(C, (Hkv - config.recall_kv_heads) * D, bias=False)
+        if config.recall_heads:
+            self.recall = nn.Linear(C, config.recall_kv_heads * D, bias=False)
         self.value = nn.Linear(C, Hkv * D, bias=False)
         self.out = nn.Linear(H * D, C, bias=False)
         if config.attention == "tau":
@@ -237,8 +255,14 @@ class Attention(nn.Module):
                 self.register_buffer("log_tau", log_tau)
             self.seen = None  # a list, inside Tauformer.recording()
 
+        log_sharpness = torch.zeros(H)
+        log_sharpness[H - config.recall_heads :] = math.log(
+            config.temperature / RECALL_TEMPERATURE if config.attention == "tau" else RECALL_SHARPNESS
+        )
         if config.learn_temperature:
-            self.log_sharpness = nn.Parameter(torch.zeros(H))
+            self.log_sharpness = nn.Parameter(log_sharpness)
+        elif config.recall_heads:
+            self.register_buffer("log_sharpness", log_sharpness)
         slope = 2.0 ** (-8 * torch.arange(1, H + 1) / H)  # ALiBi's (Press et al. 2022)
         if config.forget == "slope":
             self.log_slope = nn.Parameter(slope.log())
@@ -248,7 +272,7 @@ class Attention(nn.Module):
         if config.spectral_filter:
             self.log_filter = nn.Parameter(torch.zeros(far_kv * D))
         if config.conv:
-            self.taps = nn.Parameter(torch.zeros(config.conv, (H + 2 * Hkv) * D))
+            self.taps = nn.Parameter(torch.zeros(config.conv, (H - config.recall_heads + 2 * Hkv) * D))
         if config.key_bias:
             self.key_bias = nn.Linear(C, Hkv, bias=False)
         if config.output_gate:
@@ -257,7 +281,11 @@ class Attention(nn.Module):
     def projections(self, x, rotary, cache):
         """(qk, v) of x (B, T, C): qk (B, group + 1, T, Hkv, D) holds for each key head the queries that read it and then
         its keys, rotated and normed; v (B, Hkv, T, D) holds the values."""
-        config, projected = self.config, [self.query(x), self.key(x), self.value(x)]
+        config, keys = self.config, self.key(x)
+        Hkv, m = config.n_kv_head, config.recall_kv_heads
+        if m:  # their lambdas are sharp: the gradient would shake x
+            keys = torch.cat([keys, self.recall(x.detach())], -1)
+        projected = [self.query(x), keys, self.value(x)]
         if config.conv:
             qkv = torch.cat(projected, -1)
             past = qkv if cache is None else cache.recent(self.layer, "qkv", qkv, config.conv - 1, 1)
@@ -265,11 +293,15 @@ class Attention(nn.Module):
             qkv = qkv + sum(tap * past[:, i : i + qkv.size(1)] for i, tap in enumerate(self.taps))
             projected = qkv.split([p.size(-1) for p in projected], -1)
         q, k, v = (p.unflatten(-1, (-1, config.head_size)) for p in projected)
-        qk = torch.cat([q.unflatten(2, (config.n_kv_head, -1)).movedim(3, 1), k[:, None]], 1)
-        if config.tau_rope:
+        q, k = q.unflatten(2, (Hkv - m, -1)).movedim(3, 1), k[:, None]
+        if m:
+            q = torch.cat([q, k[..., Hkv - m :, :].expand(-1, q.size(1), -1, -1, -1)], 3)
+        qk = torch.cat([q, k], 1)
+        rotated = Hkv - m if config.tau_rope else config.local_kv_heads
+        if rotated == Hkv:
             qk = rope(qk, rotary)
-        elif n := config.local_kv_heads:
-            qk = torch.cat([rope(qk[..., :n, :], rotary), qk[..., n:, :]], -2)
+        elif rotated:
+            qk = torch.cat([rope(qk[..., :rotated, :], rotary), qk[..., rotated:, :]], -2)
         return norm(qk), v.transpose(1, 2)
 
     def energies(self, qk, laplacian, cache):
@@ -286,7 +318,7 @@ class Attention(nn.Module):
         """What the switches do to the attention logits, from x (B, T, C): (sharpness (H,), log_decay (B, H, T), key_bias
         (B, Hkv, T)); 1.0, None and None where they are off."""
         sharpness, log_decay, key_bias = 1.0, None, None
-        if self.config.learn_temperature:
+        if self.config.learn_temperature or self.config.recall_heads:
             sharpness = self.log_sharpness.exp()
         if self.config.forget == "gate":
             log_decay = F.logsigmoid(self.forget(x)).transpose(1, 2)
@@ -308,6 +340,13 @@ class Attention(nn.Module):
             past = {name: None if x is None else cache.recent(self.layer, name, x, window - 1, 2) for name, x in past.items()}
         return window_attention(q, *past.values(), window, DOT_SCALE * sharpness), *others
 
+    def moved_on(self, keys, cache):
+        """keys (B, Hkv, T, ...) with those of the recall heads one token later; the first token's are 0."""
+        others, keys = keys.tensor_split([-self.config.recall_kv_heads], 1)
+        past = keys if cache is None else cache.recent(self.layer, "recall keys", keys, 1, 2)
+        past = torch.cat([torch.zeros_like(keys[:, :, :1]), past], 2)[:, :, -1 - keys.size(2) : -1]
+        return torch.cat([others, past], 1)
+
     def forward(self, x, rotary, laplacian, cache):
         config = self.config
         qk, v = self.projections(x, rotary, cache)
@@ -323,6 +362,8 @@ class Attention(nn.Module):
         else:
             queries, keys = queries_keys(qk)  # (B, H, T, D), (B, Hkv, T, D)
             scale = DOT_SCALE * sharpness
+        if config.recall_heads:
+            keys = self.moved_on(keys, cache)
         attend = self.operator if cache is None else cache.attend(self.layer, self.operator)
         y = attend(queries, keys, v, scale, log_decay, key_bias)
         if config.local_heads:
@@ -388,7 +429,8 @@ class Tauformer(nn.Module):
         for name, weight in self.named_parameters():
             if weight.ndim == 2 and not name.endswith("taps"):
                 residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
-                nn.init.normal_(weight, std=INIT_STD / math.sqrt(2 * self.config.n_layer) if residual else INIT_STD)
+                std = INIT_STD / math.sqrt(2 * self.config.n_layer) if residual else INIT_STD
+                nn.init.normal_(weight, std=RECALL_STD if name.endswith("recall.weight") else std)
 
     def rotary(self, start, stop):
         if stop <= self.config.block_size:

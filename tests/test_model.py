@@ -73,6 +73,7 @@ EXTRAS = [
     dict(conv=4),
     dict(key_bias=True),
     dict(output_gate=True),
+    dict(recall_heads=2),
 ]
 OF_TAU = [dict(spectral_filter=True), dict(local_heads=2, local_window=5), dict(tau_rope=False)]
 ALL = functools.reduce(dict.__or__, [*EXTRAS, *OF_TAU])
@@ -116,6 +117,26 @@ def test_every_extra_changes_the_model_and_learns(extra):
     model(idx, idx).backward()
     for name, weight in model.named_parameters():
         assert weight.grad is not None and weight.grad.isfinite().all() and weight.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("form", [{}, ALL | dict(local_heads=1), dict(attention="dot")], ids=str)
+def test_recall_heads_attend_to_what_followed(form):
+    """Their queries are their keys, a token later; none of their energies' gradient reaches the residual stream."""
+    model, idx = small(**form | dict(n_kv_head=4, recall_heads=2)), tokens()
+    arguments = []
+    for block in model.blocks:
+        operator = block.attention.operator
+        block.attention.operator = lambda *args, operator=operator: arguments.append(args) or operator(*args)
+    model(idx)
+    assert len(arguments) == 2
+    for queries, keys, *_ in arguments:
+        torch.testing.assert_close(keys[:, -2:, 1:], queries[:, -2:, :-1])
+        assert keys[:, -2:, 0].eq(0).all() and not torch.allclose(keys[:, 0, 1:], queries[:, 0, :-1])
+    x = torch.randn(2, 24, 32, requires_grad=True)
+    qk, _ = model.blocks[0].attention.projections(x, model.rotary(0, 24), None)
+    of_recall = torch.autograd.grad(qk[..., 2:, :].square().mul(torch.randn(8)).sum(), x, retain_graph=True, allow_unused=True)[0]
+    assert of_recall is None or of_recall.eq(0).all()
+    assert torch.autograd.grad(qk[..., :2, :].square().mul(torch.randn(8)).sum(), x)[0].abs().max() > 0
 
 
 def test_the_spectral_filter_is_a_function_of_the_laplacian():
@@ -316,7 +337,19 @@ def test_laplacian_that_fits_nothing():
         Tauformer(ModelConfig(n_head=4, n_embd=32), random_laplacian(9))
 
 
-@pytest.mark.parametrize("wrong", [dict(n_head=5), dict(n_head=4, n_kv_head=3), dict(n_head=128), dict(attention="flash"), dict(conv=1025)])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(n_head=5),
+        dict(n_head=4, n_kv_head=3),
+        dict(n_head=128),
+        dict(attention="flash"),
+        dict(conv=1025),
+        dict(recall_heads=6),
+        dict(local_heads=3, recall_heads=4),
+        dict(n_kv_head=3, recall_heads=1),
+    ],
+)
 def test_config_refusals(wrong):
     with pytest.raises(UserError):
         ModelConfig(**wrong)
