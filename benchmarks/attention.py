@@ -25,10 +25,17 @@ FORMS = {  # of tau attention, on a GPU: temperature, and whether with a forget 
     "best": (0.02, True),  # a trained head of the best form
     "recall": (0.004, True),  # a recall head at its start
 }
-OF_FORMS = ("sdpa", "cudnn", "dot_gate", "fla", "triton")  # dot_gate: dot product with gate and bias; fla: flash-linear-attention's gate
+OF_FORMS = (
+    "sdpa",
+    "cudnn",
+    "dot_gate",
+    "fla",
+    "triton",
+    "grid",
+)  # dot_gate: dot product with gate and bias; fla: flash-linear-attention's gate
 LONGEST = {
     "cpu": {"sdpa": 65536, "naive": 4096, "tree": 65536, "walk": 65536},  # beyond 4,096 dense weights no longer fit
-    "cuda": {"sdpa": 65536, "cudnn": 65536, "naive": 2048, "tree": 65536, "triton": 65536},
+    "cuda": {"sdpa": 65536, "cudnn": 65536, "naive": 2048, "tree": 65536, "triton": 65536, "grid": 65536},
 }
 
 
@@ -42,7 +49,7 @@ def operator(impl, B, T, device, form="published"):
         .unbind()
     )
     lambda_q, lambda_k = torch.rand(2, B, HEADS, T, generator=generator).to(device).unbind()
-    inputs = [lambda_q, lambda_k, v] if impl in ("naive", "tree", "walk", "triton") else [q, k, v]
+    inputs = [lambda_q, lambda_k, v] if impl in ("naive", "tree", "walk", "triton", "grid") else [q, k, v]
     if terms and impl not in SDPA:  # gates near their start, where head h forgets 2^(-8 h / H) a step
         slopes = 2.0 ** (-8 * torch.arange(1, HEADS + 1) / HEADS)
         log_decay = -2 * slopes[:, None] * torch.rand(B, HEADS, T, generator=generator)
