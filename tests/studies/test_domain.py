@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from conftest import fails, metrics, ok
@@ -116,8 +117,10 @@ def test_energies_of_texts(here, work):
     assert out.index("most typical") < out.index(f"{np.nanmin(E):8.4f}") < out.index("least typical") < out.index(f"{np.nanmax(E):8.4f}")
     assert imread(here / "mine.energies.png").std() > 0.05
 
-    np.save(here / "x.npy", x)
-    again = ok("data/energy.py", "mine.jsonl", "--laplacian=docs/laplacian.parquet", "--embeddings=x.npy", "--out=again.jsonl", cwd=here)
+    columns = {"id": range(len(x)), "title": list(x[::-1]), "body": list(x)}
+    pyarrow.parquet.write_table(pyarrow.table(columns), here / "x.parquet")
+    given = ["--embeddings=x.parquet", "--column=body"]
+    again = ok("data/energy.py", "mine.jsonl", "--laplacian=docs/laplacian.parquet", *given, "--out=again.jsonl", cwd=here)
     assert f"p50 {np.median(E[known]):.4f}" in again
     held_out = ok("data/energy.py", f"{work}/docs", "--laplacian=docs/laplacian.parquet", "--embeddings=docs", "--out=v.jsonl", cwd=here)
     assert f"p50 {np.median(E[known]):.4f}" in held_out
@@ -140,6 +143,9 @@ def test_energies_of_texts(here, work):
         (["mine.jsonl", "--embeddings=few.npy"], "few.npy has 2 rows, mine.jsonl has 3 documents"),
         (["mine.jsonl", "--embeddings=narrow.npy"], "narrow.npy has 5 features, docs/laplacian.parquet has 32"),
         (["mine.jsonl", "--embeddings=nan.npy"], "row 1 holds NaN"),
+        (["mine.jsonl", "--embeddings=lfs.safetensors"], "lfs.safetensors is a Git LFS pointer"),
+        (["mine.jsonl", "--column=e"], "--column=e is for files of embeddings: docs is none"),
+        (["mine.jsonl", "--embeddings=absent.npz"], "absent.npz does not exist"),
         (["mine.jsonl", "--embeddings=zero.npy"], "every embedding"),
         (["mine.jsonl", "--laplacian=absent.parquet"], "absent.parquet"),
         (["mine.jsonl", "--embeddings=torn"], "torn/lsa.npz is damaged"),
@@ -162,6 +168,7 @@ def test_mistakes_with_texts(here, args, expected):
         ("nan", np.array([1, np.nan, 1])[:, None] * np.ones((3, 32))),
     ):
         np.save(here / f"{name}.npy", x)
+    (here / "lfs.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
     (here / "torn").mkdir()
     (here / "torn" / "lsa.npz").write_bytes((here / "docs" / "lsa.npz").read_bytes()[:-100])
     given = " ".join(args)
