@@ -1,5 +1,6 @@
 """The domain's vectors for tokens and texts, and what is done with them."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -16,6 +17,7 @@ from build_laplacian import load_laplacian
 from data.corpus import Corpus
 from data.embed import lsa, lsa_embeddings, lsa_token_embeddings, token_strings
 from studies.energy import auc, energies
+from training import checkpoint
 
 TEXTS = [f"the {animal} eats {food} and the {animal} sleeps" for animal in ("cat", "dog", "hen") for food in ("fish", "corn", "meat")]
 
@@ -56,6 +58,8 @@ def test_training_starts_from_the_domains_token_vectors(here):
     ok("train.py", "small.toml", "--max_steps=0", "--out_dir=n", cwd=here)
     started, normal = (last(here / name)["model.embedding.weight"] for name in "dn")
     vectors = torch.from_numpy(np.load(here / "docs" / "token_embeddings.npy"))
+    origins = [checkpoint.read(here / name / "step_00000000.safetensors")[1]["run"]["origin"] for name in "dn"]
+    assert origins == [hashlib.sha256(vectors.numpy().tobytes()).hexdigest()[:12], "scratch"]  # the hash of what it began with
     known = vectors.norm(dim=1) > 0
     assert 0 < known.sum() < len(known)
     torch.testing.assert_close(torch.nn.functional.cosine_similarity(started[known], vectors[known]), torch.ones(int(known.sum())))
