@@ -164,6 +164,7 @@ def build(args):
             return None, None
         settings |= {
             "embeddings": str(args.embeddings),
+            "column": shards[0].column,
             "sha256": digest.result(),
             "rows": rows,
             "columns": len(gram),

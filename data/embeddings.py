@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from common import RANK, UserError, first_line
 
 CHUNK_ROWS = 4096
-TEXT_BLOCK = 1 << 22  # bytes of a .csv file that are parsed at a time
+TEXT_BLOCK = 1 << 21  # bytes of a .csv file that are parsed at a time, and more than any row of it has
 SHOWN = 6  # names in a message
 DAMAGED = (
     *(ValueError, RuntimeError, EOFError, OSError, zipfile.BadZipFile, zlib.error),

@@ -93,14 +93,14 @@ def labels_of(records):
 def run_list(records, most):
     """A line for each of the newest runs, `most` of them at most; those that do not say their date come last, in the order of the file,
     turned round."""
-    records = sorted(reversed(records), key=lambda record: record.get("date") or "", reverse=True)
+    records = sorted(reversed(records), key=lambda record: str(record.get("date", "")), reverse=True)
     rows = [("run", "date", "model", "data", "steps", "loss")]
     for record in records[:most]:
         attention, layers, width, data = (value(record["settings"], name) for name in ("attention", "n_layer", "n_embd", "data_dir"))
         rows.append(
             (
                 record["run"],
-                (record.get("date") or "-").replace("T", " ").removesuffix("+00:00"),
+                str(record.get("date", "-")).replace("T", " ").removesuffix("+00:00"),
                 f"{attention} {layers} x {width}, {record['parameters'] / 1e6:.2f} M",
                 data,
                 f"{record['steps']:,}",
