@@ -30,7 +30,7 @@ class RunState:
     skipped: int = 0  # all such steps
     narrow: dict = field(default_factory=dict)  # as diagnostics.collapses() counts
     wandb_id: str | None = None
-    origin: str = "scratch"  # or the hash of the checkpoint whose weights it began with
+    origin: str = "scratch"  # or the hash of the checkpoint, or of the token vectors, that its weights began with
     data: str | None = None  # the hash of the text that it is trained on
     file: dict = field(default_factory=dict)  # what the config file said
 

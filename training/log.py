@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from dataclasses import asdict
+from datetime import UTC, datetime
 
 import torch
 from tqdm import tqdm
@@ -117,14 +118,18 @@ class Log:
         """Add the line of a finished run to the settings' results file."""
         run, settings, state = self.run, self.run.settings, self.run.state
         if self.master:
+            meta, laplacian = run.corpus.meta, digest_of(run.laplacian)
+            data = [meta["sha256"], meta["vocab_size"], meta["train"]["tokens"], meta["val"]["tokens"]]  # the text, and how it is divided
             append_line(
                 settings.results,
                 {
                     "run": settings.out_dir,
-                    "config": config_hash(settings, data_dir=run.state.data, laplacian=digest_of(run.laplacian), origin=state.origin),
+                    "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "config": config_hash(settings, data_dir=data, laplacian=laplacian, origin=state.origin),
                     "seed": settings.seed,
                     "commit": commit(),
                     "data": state.data[:12],
+                    "laplacian": laplacian,
                     "origin": state.origin,
                     "parameters": run.raw_model.parameter_count(),
                     "steps": state.step,

@@ -1,5 +1,6 @@
 """The run that a command line asks for. Every mistake that a user can make is found here, before anything is written."""
 
+import hashlib
 import math
 import os
 import zipfile
@@ -100,8 +101,9 @@ def start(settings, given):
     raw_model, laplacian, origin = started_model(settings, given, corpus, stored)
     state.origin = state.origin if stored else origin
     for name, value in model_settings(settings).items():  # of a run that starts from a checkpoint
-        if name != "n_kv_head" or value:
-            setattr(settings, name, getattr(raw_model.config, name))
+        real = getattr(raw_model.config, name)
+        if name != "n_kv_head" or value or real != raw_model.config.n_head:  # 0 stands for n_head
+            setattr(settings, name, real)
     if RANK == 0 and lines and not only_looks(settings):
         print("\n".join(lines))
     refuse_to_replace(settings, stored is not None)
@@ -171,7 +173,7 @@ def started_model(settings, given, corpus, stored):
     """(model, laplacian, origin): the model to start with, and what its weights began as. stored: of a run that is resumed, its
     checkpoint's (path, tensors, header)."""
     if settings.init_from == "scratch":
-        return *new_model(settings, corpus), "scratch"
+        return new_model(settings, corpus)
     resume = stored is not None
     if resume:
         path, tensors, header = stored
@@ -185,6 +187,8 @@ def started_model(settings, given, corpus, stored):
         )
     changes = changes_of(settings, given, path, header)
     laplacian = own = tensors.get("laplacian")
+    if not resume and "laplacian" not in given:
+        settings.laplacian = ""  # the checkpoint's own
     if "laplacian" in given and own is not None and (os.path.exists(settings.laplacian) or not resume or settings.eval_only):
         laplacian = domain_laplacian(settings)
         if resume and not settings.eval_only and not torch.equal(laplacian, own):
@@ -202,15 +206,15 @@ def model_settings(settings):
 
 
 def new_model(settings, corpus):
-    """(model, laplacian) of a run from scratch. Raises UserError if the model does not fit into memory."""
-    laplacian = domain_laplacian(settings)
+    """(model, laplacian, origin) of a run from scratch. Raises UserError if the model does not fit into memory."""
+    laplacian, origin = domain_laplacian(settings), "scratch"
     config = ModelConfig(vocab_size=corpus.vocab_size, **model_settings(settings))
     check_length(settings, corpus, config.block_size)
     try:
         model = Tauformer(config, laplacian)
         if settings.embedding_init == "domain":
-            start_embedding(model, Path(settings.data_dir) / "token_embeddings.npy")
-        return model, laplacian
+            origin = start_embedding(model, Path(settings.data_dir) / "token_embeddings.npy")
+        return model, laplacian, origin
     except (RuntimeError, MemoryError) as error:
         raise UserError(
             f"the model does not fit into memory: lower n_layer = {config.n_layer} or n_embd = {config.n_embd} ({first_line(error)})"
@@ -238,7 +242,8 @@ def changes_of(settings, given, path, header):
 @torch.no_grad()
 def start_embedding(model, path):
     """Give every token's embedding the direction of its row in a file (V, F), F = n_embd, and the length that random ones
-    have on average; a token whose row is zero keeps its random vector. Raises UserError for a file that does not fit."""
+    have on average; a token whose row is zero keeps its random vector. Returns a hash of the vectors. Raises UserError for a file that
+    does not fit."""
     if not path.exists():
         raise UserError(f'embedding_init = "domain" needs {path}: make it with `python data/embed.py {path.parent} --overwrite`')
     try:
@@ -255,6 +260,7 @@ def start_embedding(model, path):
         )
     length = vectors.norm(dim=1, keepdim=True)
     weight.copy_(torch.where(length > 0, vectors * (INIT_STD * math.sqrt(weight.size(1)) / length.clamp_min(1e-30)), weight))
+    return hashlib.sha256(vectors.numpy().tobytes()).hexdigest()[:12]
 
 
 def check_length(settings, corpus, T):
