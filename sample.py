@@ -252,7 +252,7 @@ def main():
         return write_score(args, model, tokenizer)
     session = make_cache("stream", model.config, device) if args.session else None
     if session and args.session.exists():
-        session = StreamCache.load(args.session, model.config, header["sha256"])
+        session = StreamCache.load(args.session, model.config, header["sha256"], device)
     if session and session.pending:  # an empty prompt adds nothing
         prompts = [tokenizer.encode(prompt) for prompt in prompts_of(args)]
     else:
