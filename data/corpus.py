@@ -223,10 +223,10 @@ def _prepare(texts, source, args, one_document):
 
     tokenizer = _tokenizer(pieces(), args, one_document)
     end = [] if one_document else [tokenizer.end_token]
-    total = None if one_document else size
+    total, unit = (None, " pieces") if one_document else (size, " documents")
     with (
         _writing(source, tokenizer, args.val_fraction, args) as (files, meta),
-        tqdm(total=total, desc="tokenising", unit=" documents", disable=None) as progress,
+        tqdm(total=total, desc="tokenising", unit=unit, disable=None) as progress,
     ):
         meta["sha256"] = sha256
         for batch in _batches(pieces()):
@@ -298,7 +298,7 @@ class Corpus:
             )
         except FileNotFoundError as error:
             name = self.folder.name
-            name = name if (Path(__file__).parent / name / "prepare.py").exists() else "jsonl"
+            name = name if (Path(__file__).parent / name / "prepare.py").exists() else "text"
             raise UserError(
                 f"no corpus in {self.folder} ({Path(error.filename).name} is missing): make it with "
                 f"`python data/{name}/prepare.py --out_dir={self.folder}` (--help)"

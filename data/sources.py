@@ -25,7 +25,7 @@ from common import UserError, decoded, first_line
 COMPRESSED = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ\0": lzma}
 ZSTD = b"\x28\xb5\x2f\xfd"
 SKIPPED = 1000  # broken records that --skip_bad leaves out
-LONGEST = 1 << 28  # characters of a value in a JSON file
+LONGEST = 1 << 26  # characters of a value in a JSON file
 ROWS = 1000  # of parquet or a data set, in memory at a time
 KEYS = ("text", "content", "body", "document", "article", "code", "markdown", "description", "abstract")  # usual names of the text
 
