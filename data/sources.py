@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common import UserError, decoded, first_line
+from common import FULL, UserError, decoded, first_line
 
 COMPRESSED = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ\0": lzma}
 ZSTD = b"\x28\xb5\x2f\xfd"
@@ -332,6 +332,8 @@ def hub_dataset(name, revision=None):
     try:
         return datasets.load_dataset(name, revision=revision)
     except Exception as error:  # the library has no common base for "no network" and "no such data set"
+        if getattr(error, "errno", None) in FULL:
+            raise
         raise UserError(f"data set {name!r} could not be loaded ({type(error).__name__}: {first_line(error)}): give a local FILE") from None
 
 

@@ -69,10 +69,13 @@ def form(path, name):
             return kind, start
     if start[257:262] == b"ustar":
         return ".tar", start
-    if suffix in (".jsonl", ".ndjson", ".json", ".parquet"):
-        return suffix[1:].replace("ndjson", "jsonl"), start
-    if not suffix and re.match(r'\s*(\[\s*)?\{\s*"', next(decoded(io.BytesIO(start), name, "replace"))):
+    text = next(decoded(io.BytesIO(start), name, "replace")).lstrip()
+    if suffix in (".jsonl", ".ndjson"):
+        return "json" if text.startswith("[") else "jsonl", start
+    if suffix == ".json" or not suffix and re.match(r'(\[\s*)?\{\s*"', text):
         return "json", start
+    if suffix == ".parquet":
+        return "parquet", start
     return "text", start
 
 
@@ -192,7 +195,7 @@ def nanogpt_tokenizer(folder, args):
             raise ValueError("its tokens are not single characters")
     except Exception as error:  # a damaged pickle raises almost anything
         raise UserError(
-            f"{file} is not what nanoGPT writes ({type(error).__name__}: {error}): without it, the tokens are GPT-2's"
+            f"{file} is not what nanoGPT writes ({type(error).__name__}: {error}): without it the tokens count as GPT-2's"
         ) from None
     return tokenizers.Characters(tokens, None)
 

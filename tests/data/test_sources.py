@@ -194,6 +194,8 @@ def test_shapes_of_json(place, monkeypatch):
         for size in (1, 7, 100):
             pieces = (content[at : at + size] for at in range(0, len(content), size))
             assert [sources.record_text(value) for value in sources.json_values(pieces, name)] == CODE
+    (place / "misnamed.jsonl").write_text(whole)
+    assert prepare("misnamed.jsonl").texts == CODE
     for content, said in (
         (json.dumps({"version": "1", "data": records()}), "the records of its list 'data' are taken out by `jq -c '.data[]'"),
         (json.dumps({"name": "x"}, indent=1), "there is no 'text' in it"),
