@@ -1,9 +1,11 @@
 """What every script shares: how a user's mistake ends a program, how a file is replaced as a whole, settings, arguments."""
 
 import argparse
+import codecs
 import difflib
 import errno
 import fcntl
+import io
 import json
 import math
 import os
@@ -19,6 +21,15 @@ RANK, LOCAL_RANK, WORLD = (
 )
 ROOT = Path(__file__).resolve().parent  # root of the checkout
 NUMBER = (int, float)  # for read_lines
+MARKS = {  # byte-order marks; UTF-32's first, since one of UTF-16's begins it
+    codecs.BOM_UTF32_LE: "utf-32-le",
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+    codecs.BOM_UTF8: "utf-8",
+}
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+TEXT_PIECE = 1 << 20  # bytes of a text read at a time
 POSITIVE = (lambda value: 0 < value < 2**31, "positive and below 2^31")
 NOT_NEGATIVE = (lambda value: 0 <= value < 2**31, "0 or more and below 2^31")
 FRACTION = (lambda value: 0 <= value < 1, "at least 0 and below 1")
@@ -95,7 +106,7 @@ def run(main):
         rank = f" on rank {RANK}" if WORLD > 1 else ""
         print(f"{Path(sys.argv[0]).name}: error{rank}: {' '.join(str(error).split())}", file=sys.stderr)
         end_output()
-        sys.exit(1 if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO) else 2)
+        sys.exit(1 if getattr(error, "errno", None) in (*FULL, errno.EIO) else 2)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -158,12 +169,14 @@ def replacing(path):
 @contextmanager
 def output_folder(path):
     """Make the folder `path`. If the block fails, a folder that did not exist before is removed again, unless it holds
-    something."""
+    something. An error that says that the disk is full gets its name."""
     existed = path.exists()
     path.mkdir(parents=True, exist_ok=True)
     try:
         yield
-    except BaseException:
+    except BaseException as error:
+        if getattr(error, "errno", None) in FULL and error.filename is None:
+            error.filename = str(path)
         if not existed and not any(path.iterdir()):
             path.rmdir()
         raise
@@ -184,6 +197,43 @@ def check_place(path, suffix, overwrite, option="--out"):
     refuse_existing(path, overwrite)
 
 
+def decoded(file, name, errors="strict"):
+    """Yield the text of a file opened for bytes, piece by piece: UTF-8, or UTF-16 or UTF-32 if it begins with their byte-order mark.
+    A mark is no part of the text, and every line end (CRLF, lone CR) becomes \\n; nothing else is changed.
+
+    Raises UserError, with the byte and its offset, for what is no text. errors: as of bytes.decode(), to go on there instead.
+    """
+    data = file.read(TEXT_PIECE)
+    mark = next((mark for mark in MARKS if data.startswith(mark)), b"")
+    encoding, data, offset = MARKS.get(mark, "utf-8"), data[len(mark) :], len(mark)
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(encoding)(errors), translate=True)
+    while True:
+        if errors == "strict" and encoding == "utf-8" and (zero := data.find(b"\0")) >= 0:
+            raise UserError(
+                f"{name} is no text: a zero byte at offset {offset + zero} (not text at all, or UTF-16 without a byte-order mark: "
+                f"`iconv -f UTF-16LE -t UTF-8 {name} > NEW` converts that)"
+            )
+        try:
+            yield decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{name} is no {encoding.upper()} text: byte 0x{error.object[error.start]:02x} at offset "
+                f"{offset + len(data) - len(error.object) + error.start}: convert it, by `iconv -f LATIN1 -t UTF-8 {name} > NEW` or so"
+            ) from None
+        if not data:
+            return
+        offset += len(data)
+        data = file.read(TEXT_PIECE)
+
+
+def read_text(path, errors="strict"):
+    """The text of a file, or of standard input for "-", as decoded() reads it."""
+    if str(path) == "-":
+        return "".join(decoded(sys.stdin.buffer, "standard input", errors))
+    with open(path, "rb") as file:
+        return "".join(decoded(file, path, errors))
+
+
 def append_line(path, record):
     """Append an object to a JSON Lines file, in place of an unterminated last line, if a killed writer left one. Several processes
     may do so at a time."""
@@ -200,7 +250,7 @@ def read_lines(path, **fields):
     """[(line, object)] of a JSON Lines file; an unterminated last line, which a killed writer leaves, is left out. fields: names
     and types of the fields that each object must have, numbers finite. Raises UserError for a line that is not such an object."""
     records = []
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(keepends=True), 1):
+    for number, line in enumerate(read_text(path, "replace").splitlines(keepends=True), 1):
         if line.endswith("\n"):
             try:
                 records.append((line, json.loads(line)))

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import Parser, UserError, choose_device, run
+from common import Parser, UserError, choose_device, read_text, run
 from data import tokenizer as tokenizers
 from decoding.cache import StreamCache, make_cache
 from decoding.generate import PIECE, decode_n_tokens, for_decoding
@@ -62,12 +62,6 @@ class Text:
 def prompt_tokens(text, tokenizer):
     """The tokens of a prompt; an empty one stands for the beginning of a document."""
     return tokenizer.encode(text) or [0 if tokenizer.end_token is None else tokenizer.end_token]
-
-
-def read(name):
-    """The text of a file, or of standard input for "-"; bytes that are not UTF-8 become replacement characters."""
-    data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    return data.decode("utf-8", "replace")
 
 
 def samples(args, model, tokenizer, prompts, session=None, show=None):
@@ -215,7 +209,7 @@ def arguments():
 
 
 def write_score(args, model, tokenizer):
-    tokens = tokenizer.encode(read(args.score))
+    tokens = tokenizer.encode(read_text(args.score))
     if len(tokens) < 2:
         raise UserError(f"{args.score} holds {len(tokens)} tokens: at least 2 are needed")
     loss = score(model, tokens, args.cache)
@@ -229,12 +223,12 @@ def write_score(args, model, tokenizer):
 def prompts_of(args):
     """The texts to go on from."""
     if args.prompts is not None:
-        lines = read(args.prompts).replace("\r\n", "\n")
+        lines = read_text(args.prompts)
         if not lines:
             raise UserError(f"{args.prompts} holds no prompt")
         return lines.removesuffix("\n").split("\n")
     if args.prompt_file is not None:
-        return [read(args.prompt_file)]
+        return [read_text(args.prompt_file)]
     return [(args.prompt or "").encode("utf-8", "surrogateescape").decode("utf-8", "replace")]
 
 

@@ -7,7 +7,7 @@ import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from common import FRACTION, NOT_NEGATIVE, POSITIVE, Parser, UserError, check_rule, meant, one_of, setting
+from common import FRACTION, NOT_NEGATIVE, POSITIVE, Parser, UserError, check_rule, meant, one_of, read_text, setting
 from model import ModelSettings
 
 
@@ -156,10 +156,10 @@ def from_text(text, name, kind):
 
 def read_settings(path):
     """{name: value} of a TOML file of settings. Raises UserError for a broken file, an unknown key or a wrong type or value."""
-    kinds = {f.name: f.type for f in fields(Settings)}
+    kinds, text = {f.name: f.type for f in fields(Settings)}, read_text(path)
     try:
-        values = tomllib.loads(path.read_text())
-    except (ValueError, RecursionError) as error:  # broken TOML or UTF-8, or numbers with thousands of digits
+        values = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # broken TOML, or numbers with thousands of digits
         raise UserError(f"{path} is not a TOML file: {error}") from None
     for name in values:
         if name not in kinds:

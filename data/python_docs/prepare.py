@@ -2,7 +2,7 @@
 
 Two sources, neither of which needs a network: the reference topics behind `help()` (pydoc_data.topics) and the doc-strings of
 the standard library's modules, classes and functions, read from its source text; nothing is imported or run.
-A record is [dotted name, its definition's first line, doc-string]. The text depends on the Python version."""
+A record is [dotted name, its definition's first line, doc-string, stripped]. The text depends on the Python version."""
 
 import ast
 import platform
@@ -37,7 +37,7 @@ def records():
             docstring = ast.get_docstring(node)
             if docstring and len(docstring) >= SHORTEST and docstring not in seen:
                 seen.add(docstring)
-                yield {"text": [name, title(node, module), docstring]}
+                yield {"text": [name, title(node, module), docstring.rstrip()]}
 
 
 def definitions(node, name):
