@@ -15,13 +15,18 @@ from contextlib import nullcontext
 from datetime import timedelta
 
 import numpy as np
-import torch
 
 import common
 from common import RANK, WORLD
+from training import inputs
+
+if __name__ == "__main__":  # first of all, for importing torch takes seconds: a mistake in the command line is answered at once
+    settings, given = common.run(lambda: inputs.asked(__doc__))
+with common.waiting("importing torch"):
+    import torch
+
 from training import checkpoint, memory, optim, processes, taumode
 from training.batches import batch_of, step_batches
-from training.config import parse
 from training.evaluation import averaged, shown, validation_record
 from training.folder import only_looks
 from training.log import Log, profiled
@@ -32,8 +37,7 @@ LOWEST_SCALE = 0.03125  # lowest factor of the plateau rule: 5 halvings, the pub
 MEMORY = 0.98  # share of the losses' running mean that is kept per step: about the mean of 50 steps
 
 
-def main():
-    settings, given = parse(__doc__)
+def main(settings, given):
     sys.stdout, sys.stderr = common.Unread(sys.stdout), common.Unread(sys.stderr)
     with memory.memory_errors_named(settings):
         asked = processes.Signals()
@@ -239,4 +243,4 @@ def dry_run(run, asked):
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.run(lambda: main(settings, given))

@@ -14,9 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from common import RANK, WORLD, UserError
-
-RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # how often torchrun --max-restarts has restarted the processes
+from common import RANK, RESTARTS, WORLD, UserError
 
 
 @dataclass
