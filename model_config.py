@@ -8,7 +8,7 @@ from common import FRACTION, NOT_NEGATIVE, POSITIVE, UserError, check_rule, one_
 
 @dataclass
 class ModelSettings:
-    block_size: int = setting(1024, "context, tokens", POSITIVE, group="the model, as published")
+    block_size: int = setting(1024, "context, tokens", POSITIVE, group="the model")
     n_layer: int = setting(6, "blocks", (lambda value: 0 < value <= 10000, "positive and at most 10,000"))
     n_head: int = setting(6, "heads of queries", POSITIVE)
     n_kv_head: int = setting(0, "heads of keys and values, a divisor of n_head (0: n_head)", NOT_NEGATIVE)

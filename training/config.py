@@ -131,6 +131,7 @@ NO_RESULT = (
 
 
 COMMAND_LINE = "command line"
+WRITTEN = "# The settings of the run in this folder, written by train.py, which takes this file as its CONFIG.toml too."
 OF_THE_CALL = ("out_dir", "init_from", "overwrite", "eval_only", "dry_run", "profile")  # not of the run
 
 
@@ -232,6 +233,19 @@ def check_schedule(settings):
         raise UserError(f"min_lr = {settings.min_lr} is above learning_rate = {settings.learning_rate}")
     if settings.lr_schedule == "cosine" and settings.lr_decay_steps <= settings.warmup_steps:
         raise UserError(f"lr_decay_steps = {settings.lr_decay_steps} must be past warmup_steps = {settings.warmup_steps}")
+
+
+def config_text(settings, began):
+    """All settings of a run as TOML, which read_settings() reads. began: init_from and laplacian, where the run's first call gave them."""
+    lines = [WRITTEN]
+    for f in fields(settings):
+        if f.metadata["group"]:
+            lines += ["", f"# {f.metadata['group']}"]
+        value = began.get(f.name) if f.name in ("init_from", "laplacian") else getattr(settings, f.name)
+        if value is not None and (f.name not in OF_THE_CALL or f.name in ("out_dir", "init_from")):
+            text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # in JSON as in TOML, but for this character
+            lines.append(f"{f.name} = {text}")
+    return "\n".join(lines) + "\n"
 
 
 def model_settings(settings):

@@ -7,9 +7,13 @@ from pathlib import Path
 
 from common import UserError, output_folder, read_lines, replacing
 from data import checkpoint_file
+from training.config import WRITTEN, config_text
 
 LOGS = "metrics.jsonl", "diagnostics.jsonl"
-UNFINISHED = re.compile(r"\.((best|step_\d+)\.safetensors|(metrics|diagnostics)\.jsonl|profile\.json)\.\d+\.tmp")  # of a killed run
+LINES, CONFIG = "log.txt", "config.toml"  # the lines that the run prints, and its settings
+UNFINISHED = re.compile(  # of a killed run
+    r"\.((best|step_\d+)\.safetensors|(metrics|diagnostics)\.jsonl|profile\.json|config\.toml)\.\d+\.tmp"
+)
 
 
 def only_looks(settings):
@@ -53,14 +57,27 @@ def take_folder(run):
 
 
 def clear_folder(run):
-    """Delete from the folder the checkpoints and log lines past the step that the run resumes from; for a new run, all of an old run."""
+    """Delete from the folder the checkpoints and metrics past the step that the run resumes from; for a new run, all of an old run.
+    Write the run's config.toml, unless there is one that train.py has not written."""
     later = [path for path in checkpoint_file.steps(run.out_dir) if path > checkpoint_file.step_path(run.out_dir, run.state.step)]
     unfinished = [path for path in run.out_dir.glob(".*.tmp") if UNFINISHED.fullmatch(path.name)]
     for path in [*(later if run.resumed else files_of(run.out_dir)), *unfinished]:
         path.unlink()
+    if run.settings.overwrite:
+        (run.out_dir / LINES).unlink(missing_ok=True)
     for path, text in zip(run.logs, run.past):
         if text:
             with replacing(path) as temporary:
                 temporary.write_text(text)
         else:
             path.unlink(missing_ok=True)
+    path = run.out_dir / CONFIG
+    if not path.exists() or path.read_bytes().startswith(WRITTEN.encode()):
+        with replacing(path) as temporary:
+            temporary.write_text(config_text(run.settings, run.state.began), encoding="utf-8", errors="replace")
+
+
+def keep_line(out_dir, line):
+    """Add a line that the run prints to its log.txt."""
+    with open(Path(out_dir) / LINES, "a", encoding="utf-8", errors="replace") as file:
+        file.write(line + "\n")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import LOCAL_RANK, RANK, WORLD, UserError, choose_device, first_line
+from common import LOCAL_RANK, RANK, WORLD, UserError, choose_device, first_line, waiting
 from data.corpus import Corpus
 from data.laplacian import load_laplacian
 from model import INIT_STD, ModelConfig, Tauformer
@@ -41,6 +41,7 @@ class Run:
     state: RunState
     resumed: bool
     past: list  # the text of each log up to the step that the run resumes from
+    lines: list  # that name the settings of a resumed run which are not as they were
     ahead: dict = field(default_factory=dict)  # the next step's first batch, by (step, micro), on its way to the device
 
     @property
@@ -71,7 +72,8 @@ class Run:
 def start(settings, given):
     """The Run, with tau and weights as it starts or resumes. Raises UserError for a user's mistake. Collective."""
     file = {name: getattr(settings, name) for name, where in given.items() if where != COMMAND_LINE}
-    stored, state, lines = None, RunState(file=file), []
+    began = {name: getattr(settings, name) for name in ("init_from", "laplacian") if name in given}
+    stored, state, lines = None, RunState(file=file, began=began), []
     if settings.init_from == "resume":
         stored = checkpoint.to_resume(settings.out_dir)
         state = RunState.of(stored[2])
@@ -102,8 +104,6 @@ def start(settings, given):
     for name, value in model_settings(settings).items():  # of a run that starts from a checkpoint
         if name != "n_kv_head" or value:
             setattr(settings, name, getattr(raw_model.config, name))
-    if RANK == 0 and lines and not only_looks(settings):
-        print("\n".join(lines))
     past = [lines_until(Path(settings.out_dir) / name, state.step) if state.step and not only_looks(settings) else "" for name in LOGS]
 
     processes.meet(device)
@@ -123,9 +123,10 @@ def start(settings, given):
         state=state,
         resumed=stored is not None,
         past=past,
+        lines=lines,
     )
     if raw_model.config.attention == "tau" and not (run.resumed or settings.eval_only):
-        with run.autocast():
+        with waiting(f"measuring tau on the first batch, {run.tokens_per_step:,} tokens"), run.autocast():
             taumode.calibrate(raw_model, step_batches(run), settings)
     if settings.ema_decay:
         run.ema = [weight.detach().clone() for weight in raw_model.parameters()]
