@@ -37,7 +37,7 @@ def main():
         "--longest",
         type=int,
         default=131072,
-        help="attention, train_step, decode: tokens; attention: 65,536 at most (default: %(default)s)",
+        help="tokens, in attention, train_step and decode; in the first 65,536 at most (default: %(default)s)",
     )
     device = options.add_argument_group("attention, train_step")
     device.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: %(default)s)")
