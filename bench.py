@@ -60,7 +60,8 @@ def main():
         benchmark = import_module(f"benchmarks.{BENCHMARKS[args.what]}")  # here, so that a mistake above is answered at once
     if args.device == "cuda":
         choose_device(args.device)
-    getattr(benchmark, f"bench_{args.what}")(args)
+    with waiting(f"measuring {args.what}: minutes, up to an hour for all of it"):
+        getattr(benchmark, f"bench_{args.what}")(args)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,6 @@ NONE_HERE = {
     "fp16": "dtype = bfloat16 needs no scaled loss",
     "epochs": "max_steps says how long a run is",
     "num_train_epochs": "max_steps says how long a run is",
-    "config": "the file stands by itself, as in `python train.py configs/quickstart.toml`",
 }  # such settings without one here, and why
 
 
@@ -105,14 +104,13 @@ class Parser(argparse.ArgumentParser):
         missing = re.search(r"arguments are required: (.*)", message)
         example = re.search(r"^ +(python .*?)(  |$)", self.description, re.M)  # the first of the doc-string
         if missing:
-            message = f"{missing[1]} is missing" + (f", as in `{example[1]}`" if example else "")
+            message = f"{missing[1]} is missing, as in `{example[1] if example else f'python {sys.argv[0]} {missing[1]}'}`"
         raise UserError(f"{message} (--help lists the options)")
 
     def parse_args(self, words=None):
         parsed, unknown = self.parse_known_args(self.spelled(sys.argv[1:] if words is None else words))
         if unknown:
-            places = [action.metavar for action in self._positionals._group_actions]
-            self.refuse(" ".join(unknown), unknown[0], f": only one {places[0]} is taken" if places else "")
+            self.refuse(unknown)
         return parsed
 
     def spelled(self, words):
@@ -121,14 +119,13 @@ class Parser(argparse.ArgumentParser):
         for word in words:
             if spelled and spelled[-1] in flags and word.lower() in ("true", "false"):
                 spelled[-1] += f"={word}"
-            elif "--" in spelled or not word.startswith("--") or word == "--":
-                spelled.append(word)
-            else:
-                name, equals, value = word.partition("=")
+                continue
+            name, equals, value = word.partition("=")
+            if word.startswith("--") and word != "--" and " " not in name and "--" not in spelled:
                 name = "--" + name[2:].replace("-", "_")
                 if name not in self._option_string_actions:
-                    self.refuse(word, word)
-                spelled.append(name + equals + value)
+                    self.refuse([word])
+            spelled.append(name + equals + value)
         return [word for word in map(self.flagged, spelled) if word is not None]
 
     def flagged(self, word):
@@ -143,23 +140,30 @@ class Parser(argparse.ArgumentParser):
             return name if value.lower() == "true" else None
         return word
 
-    def refuse(self, words, first, otherwise=""):
+    def refuse(self, words):
+        """Raise UserError for words that are no arguments, with what the first of them was meant to be."""
         names = [option.removeprefix("--") for option in self._option_string_actions]
-        name, equals, value = first.lstrip("-").partition("=")
-        hint = meant(name, names, "--") if first.startswith("-") or name in OTHER_NAMES or name in names and equals else otherwise
-        self.error(f"unrecognized arguments: {words}{hint}")
+        places = [action.metavar or action.dest for action in self._positionals._group_actions]
+        name, equals, value = words[0].lstrip("-").partition("=")
+        if place := next((place for place in places if place.partition(".")[0] == name.upper()), None):
+            hint = f": {place} stands by itself, without --{name}"
+        elif words[0].startswith("-") or equals and name in (*names, *OTHER_NAMES):
+            hint = meant(name, names, "--")
+        else:
+            hint = f": only one {places[0]} is taken" if places else ""
+        self.error(f"unrecognized arguments: {' '.join(words)}{hint}")
 
 
 @contextmanager
 def waiting(what):
-    """Say on standard error what the block does, once it has taken two seconds; not where TQDM_DISABLE hides progress."""
+    """Say on standard error what the block does, once it has taken three seconds; not where TQDM_DISABLE hides progress."""
 
     def say():
         from tqdm import tqdm  # here, because not every script needs it
 
         tqdm.write(f"{what} ...", file=sys.stderr)
 
-    timer = threading.Timer(2, say)
+    timer = threading.Timer(3, say)
     timer.daemon = True
     if RANK == 0 and not os.environ.get("TQDM_DISABLE"):
         timer.start()

@@ -228,6 +228,10 @@ def test_flags_of_other_scripts_take_true_and_false():
         assert parser.parse_args(words).skip_bad is expected
     with pytest.raises(UserError, match="--skip_bad=1 must be True or False"):
         parser.parse_args(["--skip_bad=1"])
+    parser.add_argument("--prompt")
+    assert parser.parse_args(["--prompt", "--- a text"]).prompt == "--- a text"
+    with pytest.raises(UserError, match="--start=x, did you mean --prompt?"):
+        parser.parse_args(["--start=x"])
 
 
 @pytest.mark.parametrize(
@@ -244,7 +248,7 @@ def test_flags_of_other_scripts_take_true_and_false():
         (["configs/quickstart.toml", "configs/study.toml"], "only one CONFIG.toml"),
         (["configs/quickstart.toml", "--compile", "maybe"], "maybe"),
         (["configs/quickstart.toml", "--max_steps"], "expected one argument"),
-        (["--config=configs/quickstart.toml"], "the file stands by itself"),
+        (["--config=configs/quickstart.toml"], "CONFIG.toml stands by itself, without --config"),
         (["configs/quickstart.toml", "-lr=3"], "--learning_rate"),
     ],
 )
