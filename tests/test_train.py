@@ -296,7 +296,7 @@ def test_what_takes_long_is_said(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     for compiler, expected in (("no-such-compiler", ""), ("false", "compiling decoding/decode.cpp for this machine, once")):
         monkeypatch.setenv("CXX", compiler)
-        with pytest.raises(Exception, match="(?i)no-such-compiler|error"):
+        with pytest.raises((RuntimeError, OSError)):
             attention.compiled("decoding/decode.cpp", "tauformer_nothing")
         assert "".join(capsys.readouterr().err.splitlines()[:1]).startswith(expected)
 
