@@ -278,6 +278,7 @@ def test_mistakes_are_answered_without_torch(here, tmp_path):
         (["train.py", "small.toml", "--init_from=gpt2-xl"], "GPT-2's weights"),
         (["train.py", "small.toml", "--init_from=resume"], "nothing to resume"),
         (["bench.py", "atention"], "attention"),
+        (["plot.py", "out/x", "--max_loss=0"], "max_loss"),
         (["build_laplacian.py", "--topk=0"], "topk"),
     ):
         assert expected in fails(*words, cwd=here, env=env)
