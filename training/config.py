@@ -98,7 +98,7 @@ class Settings(ModelSettings):
     device: str = setting(
         "auto",
         "auto: cuda, else mps, else cpu; or one of them by name, such as cuda:1",
-        (re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?").fullmatch, "auto, cpu, mps, cuda, or one GPU such as cuda:1"),
+        (re.compile(r"auto|(cpu|cuda|mps|xpu)(:\d+)?").fullmatch, "auto, cpu, mps, cuda, or one GPU such as cuda:1"),
     )
     dtype: str = setting(
         "auto", "auto: bfloat16 (autocast) where a CUDA device has it, else float32", one_of("auto", "float32", "bfloat16")
