@@ -253,7 +253,7 @@ def inspect(path, n_head, out):
 
 
 def main():
-    options = Parser(__doc__)
+    parser = options = Parser(__doc__)
     options.add_argument(
         "embeddings",
         nargs="?",
@@ -263,7 +263,9 @@ def main():
         ".tsv; or a folder of such files",
     )
     options.add_argument("--column", metavar="NAME", help="the column of lists or the array to read, where a file has several")
-    options.add_argument("--out", type=Path, metavar="FILE.parquet")
+    options.add_argument("--out", type=Path, metavar="FILE.parquet", help="the Laplacian to write; FILE.json beside it gets its settings")
+    options.add_argument("--overwrite", action="store_true", help="replace a file that is there already")
+    options = parser.add_argument_group("to look at a Laplacian")
     options.add_argument(
         "--inspect",
         type=Path,
@@ -271,6 +273,7 @@ def main():
         help="print the numbers of a Laplacian and draw it (to --out, default FILE.png); build nothing",
     )
     options.add_argument("--n_head", type=int, help="with --inspect: also the Laplacians of a model's heads, n_embd being F")
+    options = parser.add_argument_group("the recipe")
     options.add_argument("--center", action="store_true", help="take the mean of every feature off first")
     options.add_argument(
         "--graph",
@@ -291,8 +294,7 @@ def main():
     options.add_argument("--eps", type=float, default=1.31, help="greatest distance (default: %(default)s)")
     options.add_argument("--p", type=float, default=1.8, help="power of the weight (default: %(default)s)")
     options.add_argument("--sigma", type=float, default=0.535, help="scale of the weight (default: %(default)s)")
-    options.add_argument("--overwrite", action="store_true", help="replace a file that is there already")
-    args = options.parse_args()
+    args = parser.parse_args()
     for name in ("k", "topk", "eps", "p", "sigma"):
         if not 0 < getattr(args, name) < np.inf:
             raise UserError(f"--{name}={getattr(args, name)} must be positive")

@@ -9,15 +9,17 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager, suppress
 from dataclasses import field
 from pathlib import Path
 
-RANK, LOCAL_RANK, WORLD = (
-    int(os.environ.get(name, default))  # among the processes that torchrun started
-    for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+RANK, LOCAL_RANK, WORLD, RESTARTS = (
+    int(os.environ.get(name, default))  # among the processes that torchrun started, and how often --max-restarts restarted them
+    for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("TORCHELASTIC_RESTART_COUNT", 0))
 )
 ROOT = Path(__file__).resolve().parent  # root of the checkout
 NUMBER = (int, float)  # for read_lines
@@ -43,9 +45,10 @@ def one_of(*choices):
     return (lambda value: value in choices, "one of " + ", ".join(choices))
 
 
-def setting(default, meaning, rule=None):
-    """A dataclass field with its meaning and its rule: (predicate of the value, what the value must be) or None."""
-    return field(default=default, metadata={"meaning": meaning, "rule": rule})
+def setting(default, meaning, rule=None, group=None):
+    """A dataclass field with its meaning and its rule: (predicate of the value, what the value must be) or None. group: the heading
+    in --help above this setting and those that follow it."""
+    return field(default=default, metadata={"meaning": meaning, "rule": rule, "group": group})
 
 
 def check_rule(f, value, source=None):
@@ -55,50 +58,142 @@ def check_rule(f, value, source=None):
         raise UserError((f"{source}: " if source else "") + f"{f.name} = {value!r} must be {rule[1]}")
 
 
-NANOGPT = {
+OTHER_NAMES = {
     "max_iters": "max_steps",
-    "lr": "learning_rate",
+    "steps": "max_steps",
     "gradient_accumulation_steps": "grad_accum_steps",
     "warmup_iters": "warmup_steps",
     "lr_decay_iters": "lr_decay_steps",
-    "dataset": "data_dir",
-}  # its names for settings, and ours
+    "dataset": "data_dir=data/NAME",
+    "start": "prompt",
+    "lr": "learning_rate",
+    "wd": "weight_decay",
+    "output_dir": "out_dir",
+    "resume": "init_from=resume",
+    "seq_len": "block_size",
+    "context_length": "block_size",
+    "d_model": "n_embd",
+    "hidden_size": "n_embd",
+    "num_layers": "n_layer",
+    "num_heads": "n_head",
+    "bf16": "dtype=bfloat16",
+    "gpu": "device=cuda",
+    "cuda": "device=cuda",
+    "cpu": "device=cpu",
+}  # what nanoGPT and others call a setting, and what it is here
+NONE_HERE = {
+    "always_save_checkpoint": "checkpoint_interval and keep_last say which checkpoints stay, and the best one always does",
+    "backend": "several processes use nccl on GPUs, gloo on CPUs",
+    "decay_lr": "lr_schedule = constant does not decay, cosine and plateau do",
+    "bias": "no layer has one",
+    "fp16": "dtype = bfloat16 needs no scaled loss",
+    "epochs": "max_steps says how long a run is",
+    "num_train_epochs": "max_steps says how long a run is",
+}  # such settings without one here, and why
 
 
 def meant(name, names, dashes=""):
-    """ ", did you mean ...?" of a name that is none of `names`, nanoGPT's among them; "" where none is near."""
-    name = name.replace("-", "_")
-    near = [NANOGPT[name]] if NANOGPT.get(name) in names else difflib.get_close_matches(name, names, 1)
-    return f", did you mean {dashes}{near[0]}?" if near else ""
+    """What to say of a name that is none of `names`: the right one, or why there is none; "" where neither is known."""
+    name = name.replace("-", "_").lower()
+    if name in NONE_HERE:
+        return f", it has none here: {NONE_HERE[name]}"
+    off = name.removeprefix("no_")
+    near = OTHER_NAMES.get(name) or (f"{off}=False" if off != name and off in names else "")
+    if near.partition("=")[0] not in names:
+        near = next(iter(difflib.get_close_matches(name, names, 1)), "")
+    return f", did you mean {dashes}{near}?" if near else ""
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are UserErrors, like every other mistake."""
+    """An argument parser whose errors are UserErrors, like every other mistake. Options may be written with - for _, and True or
+    False may follow a flag."""
 
     def __init__(self, description):
         super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
+        missing = re.search(r"arguments are required: (.*)", message)
+        example = re.search(r"^ +(python .*?)(  |$)", self.description, re.M)  # the first of the doc-string
+        if missing:
+            message = f"{missing[1]} is missing, as in `{example[1] if example else f'python {sys.argv[0]} {missing[1]}'}`"
         raise UserError(f"{message} (--help lists the options)")
 
-    def parse_args(self, *args):
-        parsed, unknown = self.parse_known_args(*args)
+    def parse_args(self, words=None):
+        parsed, unknown = self.parse_known_args(self.spelled(sys.argv[1:] if words is None else words))
         if unknown:
-            names = [option.removeprefix("--") for option in self._option_string_actions]
-            hint = meant(unknown[0].removeprefix("--").partition("=")[0], names, "--") if unknown[0].startswith("--") else ""
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+            self.refuse(unknown)
         return parsed
+
+    def spelled(self, words):
+        """The words of a command line, with its options as argparse knows them. Raises UserError for an unknown option."""
+        flags, spelled = [name for name, action in self._option_string_actions.items() if action.nargs in (0, "?")], []
+        for word in words:
+            if spelled and spelled[-1] in flags and word.lower() in ("true", "false"):
+                spelled[-1] += f"={word}"
+                continue
+            name, equals, value = word.partition("=")
+            if word.startswith("--") and word != "--" and " " not in name and "--" not in spelled:
+                name = "--" + name[2:].replace("-", "_")
+                if name not in self._option_string_actions:
+                    self.refuse([word])
+            spelled.append(name + equals + value)
+        return [word for word in map(self.flagged, spelled) if word is not None]
+
+    def flagged(self, word):
+        """A flag's word as argparse takes it: without a value where it has none; None where it is off. Others stay as they are."""
+        name, equals, value = word.partition("=")
+        action = self._option_string_actions.get(name)
+        if action and action.nargs == "?":
+            return word if equals else f"{name}=True"
+        if action and action.nargs == 0 and equals:
+            if value.lower() not in ("true", "false"):
+                self.error(f"{word} must be True or False")
+            return name if value.lower() == "true" else None
+        return word
+
+    def refuse(self, words):
+        """Raise UserError for words that are no arguments, with what the first of them was meant to be."""
+        names = [option.removeprefix("--") for option in self._option_string_actions]
+        places = [action.metavar or action.dest for action in self._positionals._group_actions]
+        name, equals, value = words[0].lstrip("-").partition("=")
+        if place := next((place for place in places if place.partition(".")[0] == name.upper()), None):
+            hint = f": {place} stands by itself, without --{name}"
+        elif words[0].startswith("-") or equals and name in (*names, *OTHER_NAMES):
+            hint = meant(name, names, "--")
+        else:
+            hint = f": only one {places[0]} is taken" if places else ""
+        self.error(f"unrecognized arguments: {' '.join(words)}{hint}")
+
+
+@contextmanager
+def waiting(what):
+    """Say on standard error what the block does, once it has taken three seconds; not where TQDM_DISABLE hides progress."""
+
+    def say():
+        from tqdm import tqdm  # here, because not every script needs it
+
+        tqdm.write(f"{what} ...", file=sys.stderr)
+
+    timer = threading.Timer(3, say)
+    timer.daemon = True
+    if RANK == 0 and not os.environ.get("TQDM_DISABLE"):
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def run(main):
-    """Call main() and end the program with exit code 0, or 1 for a disk that is full or fails, 2 for a user's mistake (one line on
+    """main(), or the end of the program: with exit code 1 for a disk that is full or fails, 2 for a user's mistake (one line on
     stderr either way), 130 after Ctrl-C, 141 if the reader of the output has left."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, mode))
     try:
-        main()
+        result = main()
         sys.stdout.flush()
+        return result
     except BrokenPipeError:  # the reader of our output left, as in `sample.py ... | head`
         end_output()
         sys.exit(141)

@@ -145,13 +145,15 @@ def score(model, tokens, cache_name):
 
 def arguments():
     """The command line. Raises UserError for values that are invalid, alone or together."""
-    options = Parser(__doc__)
+    parser = options = Parser(__doc__)
     options.add_argument("out_dir", metavar="OUT_DIR", help="output folder of train.py, whose best checkpoint is taken, or a checkpoint")
+    options = parser.add_argument_group("what to go on from, or to score")
     options.add_argument("--prompt", help="text to go on from (default: the beginning of a document)")
     options.add_argument("--prompt_file", metavar="FILE", help="file that holds it; - for standard input")
     options.add_argument("--prompts", metavar="FILE", help="file of prompts, one a line; - for standard input")
     options.add_argument("--interactive", action="store_true", help="ask for prompts")
     options.add_argument("--score", metavar="FILE", help="loss, perplexity and bits per byte of a text; - for standard input")
+    options = parser.add_argument_group("how texts are drawn")
     options.add_argument("--max_new_tokens", type=int, default=200, help="tokens to generate (default: %(default)s)")
     options.add_argument("--num_samples", type=int, default=1, help="of each prompt (default: %(default)s)")
     options.add_argument(
@@ -169,6 +171,7 @@ def arguments():
         metavar="TEXT",
         help="end a sample before this text, or at the document's end; may be given again",
     )
+    options = parser.add_argument_group("how they are computed")
     options.add_argument(
         "--cache",
         choices=("exact", "stream", "none"),
@@ -184,7 +187,7 @@ def arguments():
     )
     options.add_argument("--seed", type=int, default=1337, help="(default: %(default)s)")
     options.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: %(default)s)")
-    args = options.parse_args()
+    args = parser.parse_args()
     for name, good in (
         ("max_new_tokens", 0 <= args.max_new_tokens < 2**31),
         ("num_samples", 1 <= args.num_samples <= 4096),

@@ -3,27 +3,33 @@
     python train.py configs/quickstart.toml --learning_rate=1e-3
     torchrun --nproc_per_node=8 train.py configs/tau_30m.toml
 
-Writes metrics.jsonl, diagnostics.jsonl, checkpoints to resume from and best.safetensors to out/NAME, where NAME is the
-config's. On SIGTERM, SIGINT (Ctrl-C) or SIGHUP it finishes the step, saves and ends; on another one, over a second later, it
-ends at once. On SIGUSR1 it saves."""
+Writes metrics.jsonl, diagnostics.jsonl, log.txt (the lines that it prints), config.toml (its settings), checkpoints to resume
+from and best.safetensors to out/NAME, where NAME is the config's. On SIGTERM, SIGINT (Ctrl-C) or SIGHUP it finishes the step,
+saves and ends; on another one, over a second later, it ends at once. On SIGUSR1 it saves."""
 
 import math
 import os
+import shlex
 import sys
 import time
 from contextlib import nullcontext
 from datetime import timedelta
 
 import numpy as np
-import torch
 
 import common
-from common import RANK, WORLD
+from common import RANK, WORLD, waiting
+from training import inputs
+
+if __name__ == "__main__":  # first of all, for importing torch takes seconds: a mistake in the command line is answered at once
+    settings, given = common.run(lambda: inputs.asked(__doc__))
+with waiting("importing torch"):
+    import torch
+
 from training import checkpoint, memory, optim, processes, taumode
 from training.batches import batch_of, step_batches
-from training.config import parse
 from training.evaluation import averaged, shown, validation_record
-from training.folder import only_looks
+from training.folder import keep_line, only_looks
 from training.log import Log, profiled
 from training.processes import no_sync, summed, whole
 from training.start import start
@@ -32,19 +38,22 @@ LOWEST_SCALE = 0.03125  # lowest factor of the plateau rule: 5 halvings, the pub
 MEMORY = 0.98  # share of the losses' running mean that is kept per step: about the mean of 50 steps
 
 
-def main():
-    settings, given = parse(__doc__)
+def main(settings, given):
     sys.stdout, sys.stderr = common.Unread(sys.stdout), common.Unread(sys.stderr)
     with memory.memory_errors_named(settings):
         asked = processes.Signals()
         if not only_looks(settings):
             asked.heed()
-        run = start(settings, given)
+        with waiting("preparing the run"):
+            run = start(settings, given)
         if settings.eval_only:
             evaluate_only(run)
         elif run.resumed and run.state.step >= settings.max_steps:
             if RANK == 0:
-                print(f"{run.out_dir} is at step {run.state.step} already: nothing to do")
+                print(
+                    f"{run.out_dir} is at step {run.state.step} already: nothing to do; a greater --max_steps goes on, "
+                    f"python plot.py {shlex.quote(str(run.out_dir))} draws it"
+                )
         elif settings.dry_run:
             dry_run(run, asked)
         else:
@@ -60,9 +69,10 @@ def train(run, asked):
     if state.step == 0:
         if not run.resumed:
             save(run, log)
-        if diagnoses:
-            log.diagnose()
-        evaluate(run, log)
+        with waiting(f"validating for the first time, on {len(run.windows)} windows"):
+            if diagnoses:
+                log.diagnose()
+            evaluate(run, log)
 
     to_stop = False
     while state.step < settings.max_steps and not to_stop:
@@ -185,18 +195,22 @@ def write_checkpoint(run, log, path, tensors):
 
 def fail(run, what):
     good = [] if only_looks(run.settings) else checkpoint.steps(run.out_dir)
-    raise SystemExit(
+    line = (
         f"train.py: {what}; "
         + (f"{good[0]} is the last good checkpoint; " if good else "")
         + f"try a learning_rate lower than {run.settings.learning_rate}, or a skip_limit above "
         f"{run.settings.skip_limit} (bad steps in a row that are left out)"
     )
+    if RANK == 0 and not only_looks(run.settings):
+        keep_line(run.out_dir, line)
+    raise SystemExit(line)
 
 
 def evaluate_only(run):
     """Print the validation loss of a trained model; with another Laplacian, also with tau measured on the energies of that one."""
     swapped = run.raw_model.config.attention == "tau" and "laplacian" in run.given
-    record = validation_record(run)
+    with waiting(f"validating on {len(run.windows)} windows"):
+        record = validation_record(run)
     if RANK == 0:
         print(shown(record) + (", with tau as it was" if swapped else ""))
     if swapped:
@@ -224,10 +238,11 @@ def dry_run(run, asked):
             ),
             flush=True,
         )
-    training_step(run, asked)
-    begin = time.perf_counter()
-    for _ in range(3):
+    with waiting("making four steps, to measure three"):
         training_step(run, asked)
+        begin = time.perf_counter()
+        for _ in range(3):
+            training_step(run, asked)
     seconds = (time.perf_counter() - begin) / 3
     if RANK == 0:
         left = settings.max_steps - (run.state.step - 4)
@@ -239,4 +254,4 @@ def dry_run(run, asked):
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.run(lambda: main(settings, given))

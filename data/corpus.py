@@ -31,8 +31,8 @@ def parser(description, out_dir):
     options.add_argument(
         "--tokenizer",
         default="bpe",
-        help="bpe: trained on this corpus (default); char; a name of tiktoken's, such as gpt2; "
-        "or that of another corpus's folder, or of an output folder or a checkpoint of train.py",
+        help="bpe: trained on this corpus; char; a name of tiktoken's, such as gpt2; or that of another corpus's folder, "
+        "or of an output folder or a checkpoint of train.py (default: %(default)s)",
     )
     options.add_argument("--vocab_size", type=int, default=30522, help="of a bpe, the end token counted (default: %(default)s)")
     options.add_argument(

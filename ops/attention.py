@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import platform
+import shutil
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -360,6 +361,9 @@ def compiled(source, namespace):
         with open(folder / "ours.lock", "w") as ours:  # one process compiles; if it is killed, the system frees this lock,
             fcntl.flock(ours, fcntl.LOCK_EX)  # but not torch's own lock file, for which later processes would wait forever
             (folder / "lock").unlink(missing_ok=True)
+            compiler = os.environ.get("CXX", "c++").split()
+            if compiler and shutil.which(compiler[0]) and not (folder / f"{name}.so").exists() and os.environ.get("RANK", "0") == "0":
+                print(f"compiling {source.relative_to(ROOT)} for this machine, once: about half a minute ...", file=sys.stderr)
             load(
                 name,
                 [str(source)],

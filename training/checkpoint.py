@@ -33,6 +33,7 @@ class RunState:
     origin: str = "scratch"  # or the hash of the checkpoint, or of the token vectors, that its weights began with
     data: str | None = None  # the hash of the text that it is trained on
     file: dict = field(default_factory=dict)  # what the config file said
+    began: dict = field(default_factory=dict)  # init_from and laplacian, where the run's first call gave them
 
     @classmethod
     def of(cls, header):

@@ -14,9 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from common import RANK, WORLD, UserError
-
-RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # how often torchrun --max-restarts has restarted the processes
+from common import RANK, RESTARTS, WORLD, UserError
 
 
 @dataclass
@@ -93,6 +91,8 @@ def wrapped(model, device, shard, compile):
         for part in (*model.blocks, model):
             fully_shard(part, mesh=mesh, reshard_after_forward=True)  # so that no gathered copy outlives an update of the weights
     model.to(device)
+    if compile and RANK == 0:
+        print("compile = True: the model is compiled in its first step, which may take minutes ...", file=sys.stderr)
     called = torch.compile(model) if compile and can_compile(device) else model
     if shard == "ddp" and WORLD > 1:
         called = DistributedDataParallel(called, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)

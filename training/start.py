@@ -5,22 +5,23 @@ import math
 import os
 import zipfile
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from common import LOCAL_RANK, RANK, WORLD, UserError, choose_device, first_line
+from common import LOCAL_RANK, RANK, WORLD, UserError, choose_device, first_line, waiting
 from data.corpus import Corpus
 from data.laplacian import load_laplacian
 from model import INIT_STD, ModelConfig, Tauformer
 from training import checkpoint, optim, processes, taumode
 from training.batches import step_batches
 from training.checkpoint import RunState
-from training.config import COMMAND_LINE, Settings, go_on_with
+from training.config import COMMAND_LINE, Settings, go_on_with, model_settings
 from training.evaluation import validation_starts
-from training.folder import LOGS, lines_until, only_looks, refuse_to_replace
+from training.folder import LOGS, lines_until, only_looks
+from training.inputs import check_laplacian_exists
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Run:
     state: RunState
     resumed: bool
     past: list  # the text of each log up to the step that the run resumes from
+    lines: list  # that name the settings of a resumed run which are not as they were
     ahead: dict = field(default_factory=dict)  # the next step's first batch, by (step, micro), on its way to the device
 
     @property
@@ -70,9 +72,9 @@ class Run:
 
 def start(settings, given):
     """The Run, with tau and weights as it starts or resumes. Raises UserError for a user's mistake. Collective."""
-    choose_init_from(settings)
     file = {name: getattr(settings, name) for name, where in given.items() if where != COMMAND_LINE}
-    stored, state, lines = None, RunState(file=file), []
+    began = {name: getattr(settings, name) for name in ("init_from", "laplacian") if name in given}
+    stored, state, lines = None, RunState(file=file, began=began), []
     if settings.init_from == "resume":
         stored = checkpoint.to_resume(settings.out_dir)
         state = RunState.of(stored[2])
@@ -104,12 +106,7 @@ def start(settings, given):
         real = getattr(raw_model.config, name)
         if name != "n_kv_head" or value or real != raw_model.config.n_head:  # 0 stands for n_head
             setattr(settings, name, real)
-    if RANK == 0 and lines and not only_looks(settings):
-        print("\n".join(lines))
-    refuse_to_replace(settings, stored is not None)
     past = [lines_until(Path(settings.out_dir) / name, state.step) if state.step and not only_looks(settings) else "" for name in LOGS]
-    if settings.eval_only and settings.init_from == "scratch":
-        raise UserError("eval_only needs a trained model: give --init_from=resume or --init_from=OUT_DIR")
 
     processes.meet(device)
     model = processes.wrapped(raw_model, device, settings.shard, settings.compile)
@@ -128,9 +125,10 @@ def start(settings, given):
         state=state,
         resumed=stored is not None,
         past=past,
+        lines=lines,
     )
     if raw_model.config.attention == "tau" and not (run.resumed or settings.eval_only):
-        with run.autocast():
+        with waiting(f"measuring tau on the first batch, {run.tokens_per_step:,} tokens"), run.autocast():
             taumode.calibrate(raw_model, step_batches(run), settings)
     if settings.ema_decay:
         run.ema = [weight.detach().clone() for weight in raw_model.parameters()]
@@ -145,27 +143,11 @@ def choose_dtype(name, device):
     return getattr(torch, name)
 
 
-def choose_init_from(settings):
-    """Turn "auto" into "resume" or "scratch"; after a restart by torchrun, resume."""
-    if settings.overwrite and settings.init_from in ("auto", "resume"):
-        raise UserError(f"overwrite = True starts a run anew, init_from = {settings.init_from!r} goes on with it: leave one out")
-    if (settings.init_from == "auto" or processes.RESTARTS) and checkpoint.steps(settings.out_dir):
-        settings.init_from = "resume"
-    elif settings.init_from == "auto":
-        settings.init_from = "scratch"
-
-
 def domain_laplacian(settings):
     """The (F, F) float64 tensor of the settings' Laplacian file; None for dot. Raises UserError if there is no such file."""
     if settings.attention == "dot":
         return None
-    if not os.path.exists(settings.laplacian):
-        raise UserError(
-            f"no Laplacian at {settings.laplacian}: make it with `python data/embed.py {settings.data_dir} "
-            f"--dim={settings.n_embd}` and `python build_laplacian.py {settings.data_dir}/embeddings.npy "
-            f"--out={settings.laplacian}`, or, for a corpus of one document, a chain with `python build_laplacian.py "
-            f"--graph=chain --dim={settings.n_embd // settings.n_head} --out={settings.laplacian}`"
-        )
+    check_laplacian_exists(settings)
     return torch.from_numpy(load_laplacian(settings.laplacian))
 
 
@@ -199,10 +181,6 @@ def started_model(settings, given, corpus, stored):
     check_length(settings, corpus, changes.get("block_size", header["config"].get("block_size", 0)))
     model = checkpoint.build_model(tensors, header, path, laplacian, **changes)
     return model, laplacian, header["sha256"][:12]
-
-
-def model_settings(settings):
-    return {f.name: getattr(settings, f.name) for f in fields(ModelConfig) if f.name != "vocab_size"}
 
 
 def new_model(settings, corpus):

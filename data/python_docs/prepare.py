@@ -11,6 +11,8 @@ import sysconfig
 from pathlib import Path
 from pydoc_data.topics import topics
 
+from tqdm import tqdm
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import run
 from data import corpus
@@ -24,7 +26,7 @@ def records():
     for name, body in sorted(topics.items()):
         yield {"text": [name, "Python topic", body.strip()]}
     library, seen = Path(sysconfig.get_path("stdlib")), set()
-    for path in sorted(library.rglob("*.py")):
+    for path in tqdm(sorted(library.rglob("*.py")), desc="reading doc-strings", unit=" files", disable=None):
         parts = path.relative_to(library).with_suffix("").parts
         if LEFT_OUT.intersection(parts) or parts[0].startswith("config-"):
             continue
