@@ -361,17 +361,32 @@ def read_lines(path, **fields):
 
 
 def choose_device(name, local_rank=0):
-    """The torch.device called `name`; "auto" is cuda, else mps, else cpu; "cuda" is cuda:local_rank. Raises UserError if it is unusable."""
+    """The torch.device called `name`; "auto" is cuda, else mps, else cpu; "cuda" is cuda:local_rank. Raises UserError if it is unusable
+    or unknown."""
     import torch  # here, because scripts that only prepare data do without it
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    reason, visible = None, os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d{1,4})?", name):
+        reason = "it is none of auto, cpu, mps, cuda and cuda:N"
+    elif name == "mps" and not torch.backends.mps.is_available():
+        reason = "torch finds no Apple GPU"
+    elif name.startswith("cuda") and not torch.cuda.is_available():
+        found = "finds no GPU" if torch.backends.cuda.is_built() else "is built without CUDA"
+        reason = f"torch {found}" + ("" if visible is None else f", with CUDA_VISIBLE_DEVICES={visible!r}")
+    elif name.startswith("cuda"):
+        name, count = f"cuda:{local_rank}" if name == "cuda" else name, torch.cuda.device_count()
+        if int(name[5:]) >= count:
+            reason = f"there are {count}, from cuda:0 on" + ("" if visible is None else f", with CUDA_VISIBLE_DEVICES={visible!r}")
     try:
-        device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used here: {first_line(error)}") from None
-    return device
+        if not reason:
+            torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:  # a driver that does not fit, a device that is full
+        reason = first_line(error)
+    if reason:
+        raise UserError(f"device {name!r} cannot be used here: {reason}: give another --device, or leave it out")
+    return torch.device(name)
 
 
 def commit():

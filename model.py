@@ -30,16 +30,18 @@ from ops.fused import ENERGY_EPS, NORM_EPS, ChunkedLoss, Energy, RMSNorm, Square
 INIT_STD = 0.02
 
 
-def norm(x):
-    """RMS-norm over the last dimension, without weights; returns x's shape, in float32 at least."""
-    if torch.is_grad_enabled():
-        return RMSNorm.apply(x)
-    return F.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1:], eps=NORM_EPS)
-
-
 def without_autocast(x):
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def norm(x):
+    """RMS-norm over the last dimension, without weights; returns x's shape, in float32 at least, under autocast too: a sum of squares may
+    overflow in float16."""
+    with without_autocast(x):
+        if torch.is_grad_enabled():
+            return RMSNorm.apply(x)
+        return F.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1:], eps=NORM_EPS)
 
 
 def energy(x, laplacian):

@@ -6,7 +6,8 @@
     python plot.py out/tau_30m results/published_30m --out=beside_the_published.png --max_loss=5
 
 --idea=TEXT draws where the tokens of a text lie on the line of lambdas, in one head of a trained model, and the softmax weight of each.
---bands draws, for one run, how widely the lambdas of each head's keys spread over time, layer by layer."""
+--bands draws, for one run, how widely the lambdas of each head's keys spread over time, layer by layer.
+Without --out the figure goes into the first OUT_DIR, and one that plot.py has drawn there before is drawn again."""
 
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,8 @@ import numpy as np
 from common import NUMBER, Parser, UserError, check_place, read_lines, replacing, run
 from data import tokenizer as tokenizers
 from data.laplacian import load_laplacian
+
+SOFTWARE = "tauformer plot.py"  # by which a figure tells that it may be drawn again
 
 
 def read_metrics(folder):
@@ -193,8 +196,13 @@ def draw(panels, out, width=5.5):
     for unused in axes.flat[len(panels) :]:
         unused.remove()
     with replacing(out) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+        figure.savefig(temporary, format="png", dpi=110, metadata={"Software": SOFTWARE})
     print(f"figure: {out}")
+
+
+def drawn_here(path):
+    """Whether a file is a figure that this program has written."""
+    return path.is_file() and f"tEXtSoftware\0{SOFTWARE}".encode() in path.read_bytes()
 
 
 def main():
@@ -207,7 +215,9 @@ def main():
     options.add_argument("--head", type=int, default=0, help="with --idea, counted without the local ones (default: %(default)s)")
     options.add_argument("--n_head", type=int, help="of a Laplacian file: also the spectra of a model's heads, n_embd being F")
     options.add_argument("--max_loss", type=float, help="upper end of the losses' axis (default: the highest)")
-    options.add_argument("--overwrite", action="store_true", help="replace a figure that is there already")
+    options.add_argument(
+        "--overwrite", action="store_true", help="replace a file that is there already; one that plot.py drew, without --out, always is"
+    )
     args = options.parse_args()
 
     if args.max_loss is not None and not 0 < args.max_loss < np.inf:
@@ -220,7 +230,7 @@ def main():
     if not folders and args.out is None:
         raise UserError("--out=FILE.png is missing")
     out = args.out or folders[0] / ("bands.png" if args.bands else "idea.png" if args.idea else "figure.png")
-    check_place(out, ".png", args.overwrite)
+    check_place(out, ".png", args.overwrite or args.out is None and drawn_here(out))
 
     if args.idea:
         return draw([idea(folders[0], args.idea, args.layer, args.head)], out, width=10)

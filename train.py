@@ -111,18 +111,20 @@ def training_step(run, asked):
         with no_sync(run.model) if micro != run.micro_batches[-1] else nullcontext():
             with run.autocast():
                 loss = run.model(idx, targets) / len(run.micro_batches)  # gradients are then averaged over the processes
-            loss.backward()
+            run.scaler.scale(loss).backward()
         total += loss.detach()
     first = run.micro_batches[0]
     run.ahead[step + 1, first] = batch_of(run, step + 1, first)  # while the GPU still computes
+    run.scaler.unscale_(run.optimizer)
     grad_norm = whole(torch.nn.utils.clip_grad_norm_(weights, settings.grad_clip or math.inf)).item()
     loss, to_stop, to_save = summed([total.item() / WORLD, asked.stop, asked.save], run.device)
     asked.save = False
     if is_good(run, loss, grad_norm):
-        run.optimizer.step()
+        run.scaler.step(run.optimizer)
         with torch.no_grad():
             for weight, mean in zip(weights, run.ema or ()):
                 mean.lerp_(weight, 1 - settings.ema_decay)
+    run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
     state.step += 1
     state.tokens += run.tokens_per_step
@@ -131,16 +133,22 @@ def training_step(run, asked):
 
 def is_good(run, loss, grad_norm):
     """Whether to make a step's update. Updates the running mean of the losses and the counts of bad steps, and ends the run at one
-    bad step too many."""
+    bad step too many. A gradient that overflows because the loss is scaled makes no bad step: the scaler halves its scale."""
     settings, state = run.settings, run.state
     average = loss if state.loss_average is None else state.loss_average
+    scale = run.scaler.get_scale()  # 1 unless in float16
+    if scale > 1 and math.isfinite(loss) and not math.isfinite(grad_norm):
+        state.skipped += 1
+        return False
     if math.isfinite(loss + grad_norm) and not (settings.spike and loss > average + settings.spike):
         state.bad, state.loss_average = 0, MEMORY * average + (1 - MEMORY) * loss
         return True
     state.bad += 1
     state.skipped += 1
     if state.bad > settings.skip_limit:
-        fail(run, f"step {state.step + 1} is bad: loss {loss:.4g}, running mean {average:.4g}, norm of the gradient {grad_norm:.4g}")
+        scaled = f", scale of the loss {scale:g}" if run.scaler.is_enabled() else ""
+        what = f"loss {loss:.4g}, running mean {average:.4g}, norm of the gradient {grad_norm:.4g}{scaled}"
+        fail(run, f"step {state.step + 1} is bad: {what}")
     return False
 
 
@@ -189,7 +197,7 @@ def write_checkpoint(run, log, path, tensors):
         if file.exists():
             with open(file, "r+b") as opened:
                 os.fsync(opened.fileno())
-    run.state.elapsed_s = log.elapsed_s
+    run.state.elapsed_s, run.state.scaler = log.elapsed_s, run.scaler.state_dict()
     checkpoint.write(path, tensors, run.laplacian, run.raw_model.config, run.corpus.tokenizer.to_json(), run.state, run.settings)
 
 

@@ -280,6 +280,7 @@ def test_mistakes_are_answered_without_torch(here, tmp_path):
         (["bench.py", "atention"], "attention"),
         (["plot.py", "out/x", "--max_loss=0"], "max_loss"),
         (["build_laplacian.py", "--topk=0"], "topk"),
+        (["sample.py", "x", "--top_p=2"], "top_p"),
     ):
         assert expected in fails(*words, cwd=here, env=env)
     assert "--n_layer INT" in ok("train.py", "--help", cwd=here, env=env)

@@ -101,7 +101,10 @@ class Settings(ModelSettings):
         (re.compile(r"auto|(cpu|cuda|mps|xpu)(:\d+)?").fullmatch, "auto, cpu, mps, cuda, or one GPU such as cuda:1"),
     )
     dtype: str = setting(
-        "auto", "auto: bfloat16 (autocast) where a CUDA device has it, else float32", one_of("auto", "float32", "bfloat16")
+        "auto",
+        "of matrix products (autocast). auto: on a CUDA device bfloat16, or where it has none float16, else float32; float16 scales "
+        "the loss, so that gradients do not vanish",
+        one_of("auto", "float32", "bfloat16", "float16"),
     )
     deterministic: bool = setting(False, "on CUDA, use only operations that give the same bits every time (others raise); on a CPU all do")
     compile: bool = setting(False, "torch.compile the model")

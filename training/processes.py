@@ -52,6 +52,8 @@ def meet(device):
             raise UserError(
                 f"WORLD_SIZE = {WORLD} is set, but not {', '.join(missing)}: start the processes with torchrun, or unset WORLD_SIZE"
             )
+        if device.type not in ("cuda", "cpu"):
+            raise UserError(f"several processes cannot train on {device.type}: start one, without torchrun, or give --device=cpu")
         store = next(dist.rendezvous("env://"))[0]
         store = dist.PrefixStore(f"{RESTARTS}", store)  # torchrun's store outlives a restart and holds addresses of processes that died
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=RANK, world_size=WORLD)
@@ -67,7 +69,7 @@ def summed(values, device):
     """The sums over all processes of a list of numbers, as a list. Collective."""
     if WORLD == 1:
         return values
-    values = torch.tensor(values, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    values = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(values)
     return values.tolist()
 

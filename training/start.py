@@ -37,6 +37,7 @@ class Run:
     model: torch.nn.Module  # raw_model as a training step calls it: compiled, in DDP
     laplacian: torch.Tensor | None
     optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # of the loss in float16; does nothing in another dtype
     ema: list | None  # running means of the weights, in the order of parameters()
     windows: np.ndarray  # where the validation windows begin
     state: RunState
@@ -67,7 +68,7 @@ class Run:
         return range(RANK, self.settings.grad_accum_steps, WORLD)
 
     def autocast(self):
-        return torch.autocast(self.device.type, self.dtype) if self.dtype is torch.bfloat16 else nullcontext()
+        return nullcontext() if self.dtype is torch.float32 else torch.autocast(self.device.type, self.dtype)
 
 
 def start(settings, given):
@@ -120,6 +121,7 @@ def start(settings, given):
         model,
         laplacian,
         optimizer=optim.optimizer_of(raw_model, settings),
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype is torch.float16),
         ema=None,
         windows=validation_starts(corpus, settings, raw_model.config.block_size),
         state=state,
@@ -134,12 +136,19 @@ def start(settings, given):
         run.ema = [weight.detach().clone() for weight in raw_model.parameters()]
     if run.resumed and run.state.step:
         checkpoint.restore(raw_model, run.optimizer, run.ema, *stored[:2])
+        if state.scaler:
+            run.scaler.load_state_dict(state.scaler)
     return run
 
 
 def choose_dtype(name, device):
+    """The torch.dtype of the setting dtype. Raises UserError for float16 on other devices than CUDA and a CPU."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if name == "float16" and device.type not in ("cuda", "cpu"):
+        raise UserError(f"dtype = 'float16' is for a CUDA device or a CPU, not {device.type}: leave it out, which is float32 there")
     return getattr(torch, name)
 
 
