@@ -207,8 +207,8 @@ def test_score_of_documents(work, trained, tmp_path):
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     (tmp_path / "some.jsonl").write_text(lines)
     (tmp_path / "some.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    documents = [[end, *tokenizer.encode(text.strip()), end] for text in texts]
-    count, size = sum(len(tokens) - 1 for tokens in documents), sum(len(text.strip().encode()) for text in texts)
+    documents = [[end, *tokenizer.encode(text), end] for text in texts]
+    count, size = sum(len(tokens) - 1 for tokens in documents), sum(len(text.encode()) for text in texts)
     for options, stride, said in (([], 32, "none overlaps"), (["--stride=8"], 8, "the first 24 of a later one are context only")):
         total = sum(total_loss(model, tokens, 32, stride) for tokens in documents)
         expected = total / count, math.exp(total / count), total / math.log(2) / size
