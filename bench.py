@@ -13,49 +13,55 @@ build of a Laplacian.
 What is compared runs in turn, and medians are reported, because a machine is seldom quiet. Tables and figures go to
 results/my_*; those that came with the repository, of the same names without "my_", are never overwritten."""
 
-import torch
+from importlib import import_module
 
-from benchmarks.accuracy import bench_curves, bench_precision
-from benchmarks.attention import bench_attention
-from benchmarks.decoding import bench_context, bench_decode
-from benchmarks.kernels import bench_triton
-from benchmarks.laplacian import bench_laplacian
-from benchmarks.training import bench_train_step
-from common import Parser, UserError, run
+from common import Parser, UserError, choose_device, run, waiting
 
 BENCHMARKS = {
-    "attention": bench_attention,
-    "train_step": bench_train_step,
-    "decode": bench_decode,
-    "context": bench_context,
-    "curves": bench_curves,
-    "precision": bench_precision,
-    "laplacian": bench_laplacian,
-    "triton": bench_triton,
-}
+    "attention": "attention",
+    "train_step": "training",
+    "decode": "decoding",
+    "context": "decoding",
+    "curves": "accuracy",
+    "precision": "accuracy",
+    "laplacian": "laplacian",
+    "triton": "kernels",
+}  # the module of each, in benchmarks/
 
 
 def main():
     options = Parser(__doc__)
-    options.add_argument("what", choices=BENCHMARKS)
-    options.add_argument("--nanogpt", metavar="DIR", help="train_step: a checkout of nanoGPT to measure too")
-    options.add_argument("--embeddings", metavar="FILE.npy", help="laplacian: rows to repeat (default: random ones)")
-    options.add_argument("--runs", nargs="+", metavar="OUT_DIR", help="context: trained models")
-    options.add_argument("--data_dir", metavar="DIR", help="context: the corpus they were trained on")
-    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="attention, train_step: where (default: %(default)s)")
-    options.add_argument("--compile", action="store_true", help="train_step: torch.compile every model")
-    options.add_argument("--longest", type=int, default=131072, help="tokens; attention: 65,536 at most (default: %(default)s)")
+    options.add_argument("what", choices=BENCHMARKS, metavar="BENCHMARK", help="what to measure, as above")
     options.add_argument("--repeats", type=int, default=5, help="runs, of which the median (default: %(default)s)")
-    options.add_argument("--steps", type=int, default=3, help="train_step: steps of a run (default: %(default)s)")
+    options.add_argument(
+        "--longest",
+        type=int,
+        default=131072,
+        help="tokens, in attention, train_step and decode; in the first 65,536 at most (default: %(default)s)",
+    )
+    device = options.add_argument_group("attention, train_step")
+    device.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: %(default)s)")
+    step = options.add_argument_group("train_step")
+    step.add_argument("--nanogpt", metavar="DIR", help="a checkout of nanoGPT to measure too")
+    step.add_argument("--compile", action="store_true", help="torch.compile every model")
+    step.add_argument("--steps", type=int, default=3, help="steps of a run (default: %(default)s)")
+    context = options.add_argument_group("context")
+    context.add_argument("--runs", nargs="+", metavar="OUT_DIR", help="trained models")
+    context.add_argument("--data_dir", metavar="DIR", help="the corpus they were trained on")
+    laplacian = options.add_argument_group("laplacian")
+    laplacian.add_argument("--embeddings", metavar="FILE.npy", help="rows to repeat (default: random ones)")
     args = options.parse_args()
     if args.device == "cuda" and args.what not in ("attention", "train_step"):
         raise UserError("--device=cuda is for attention and train_step")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device=cuda: torch finds no CUDA device")
     for name, least in (("longest", 1024), ("repeats", 1), ("steps", 1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name}={getattr(args, name)} must be at least {least}")
-    BENCHMARKS[args.what](args)
+    with waiting("importing torch"):
+        benchmark = import_module(f"benchmarks.{BENCHMARKS[args.what]}")  # here, so that a mistake above is answered at once
+    if args.device == "cuda":
+        choose_device(args.device)
+    with waiting(f"measuring {args.what}: minutes, up to an hour for all of it"):
+        getattr(benchmark, f"bench_{args.what}")(args)
 
 
 if __name__ == "__main__":

@@ -12,106 +12,15 @@ processes (torchrun) each takes a part of the rows."""
 import hashlib
 import subprocess
 import sys
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import pyarrow
-import pyarrow.compute
-import pyarrow.parquet
 from tqdm import tqdm
 
 from common import RANK, ROOT, WORLD, Parser, UserError, check_place, commit, refuse_existing, run
+from data.embeddings import opened
 from data.laplacian import MOST_FEATURES, check_laplacian, components, laplacian_of, load_laplacian, save_laplacian
-
-CHUNK_ROWS = 4096
-
-
-class NpyEmbeddings:
-    """A .npy file (N, F) of floats, memory-mapped, as `pieces` of CHUNK_ROWS rows: (first row, rows)."""
-
-    def __init__(self, path):
-        self.path, self.names = path, None
-        try:
-            array = np.load(path, mmap_mode="r")
-        except (ValueError, EOFError, zipfile.BadZipFile):
-            raise UserError(f"{path} is not a whole .npy file of numbers") from None
-        if not isinstance(array, np.ndarray):
-            raise UserError(f"{path} is an archive of arrays; embeddings are one array (N, F)")
-        if array.ndim != 2 or array.dtype.kind != "f" or 0 in array.shape:
-            raise UserError(f"{path} holds {array.dtype} {array.shape}; embeddings are floats (N, F)")
-        self.rows, self.columns = array.shape
-        self.pieces = [(first, min(CHUNK_ROWS, self.rows - first)) for first in range(0, self.rows, CHUNK_ROWS)]
-
-    def read(self, number):
-        first, rows = self.pieces[number]
-        yield np.load(self.path, mmap_mode="r")[first : first + rows]
-
-
-class ParquetEmbeddings:
-    """A parquet file of floats with one column per feature, or with one column of lists; `pieces` are its row groups."""
-
-    def __init__(self, path):
-        self.path = path
-        try:
-            with self.open() as file:
-                types = file.schema_arrow.types
-                self.lists = len(types) == 1 and any(
-                    is_kind(types[0]) for is_kind in (pyarrow.types.is_list, pyarrow.types.is_large_list, pyarrow.types.is_fixed_size_list)
-                )
-                floats = [types[0].value_type] if self.lists else types
-                self.rows = file.metadata.num_rows
-                if not self.rows or not floats or not all(map(pyarrow.types.is_floating, floats)):
-                    raise UserError(
-                        f"{path}: embeddings have a column of floats a feature, or one column of lists of floats; "
-                        f"it has {self.rows} rows of {', '.join(file.schema_arrow.names[:4])}"
-                    )
-                self.names = None if self.lists else file.schema_arrow.names
-                self.columns = len(next(file.iter_batches(1)).column(0)[0].as_py() or ()) if self.lists else len(types)
-                rows = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-                self.pieces = list(zip(np.cumsum([0, *rows]).tolist(), rows))
-        except (pyarrow.ArrowException, OSError, StopIteration) as error:
-            raise UserError(f"{path} is not a whole parquet file ({error})") from None
-
-    def open(self):
-        return pyarrow.parquet.ParquetFile(self.path, buffer_size=1 << 16, pre_buffer=False)
-
-    def read(self, number):
-        try:
-            with self.open() as file:
-                for batch in file.iter_batches(CHUNK_ROWS, row_groups=[number], use_threads=False):
-                    if not self.lists:
-                        yield np.column_stack([column.to_numpy(zero_copy_only=False) for column in batch.columns])
-                        continue
-                    column = batch.column(0)
-                    if np.any(pyarrow.compute.list_value_length(column).to_numpy(zero_copy_only=False) != self.columns):
-                        raise UserError(f"{self.path} has lists of other lengths than the first, {self.columns}")
-                    yield column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), self.columns)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{self.path} is not a whole parquet file ({error})") from None
-
-
-def opened(path):
-    """The embeddings of a .npy or parquet file, or those of all such files of a folder, in the order of their names.
-    Raises UserError unless they have the same number of features and, where features have names, the same names."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    paths = [path]
-    if path.is_dir():
-        paths = sorted(file for file in path.iterdir() if file.suffix in (".npy", ".parquet"))
-        if not paths:
-            raise UserError(f"{path} holds no .npy or .parquet file")
-    shards = [NpyEmbeddings(file) if file.suffix == ".npy" else ParquetEmbeddings(file) for file in paths]
-    for shard in shards:
-        if shard.columns != shards[0].columns:
-            raise UserError(f"{shard.path} has {shard.columns} features, {shards[0].path} has {shards[0].columns}: shards have the same")
-        named = next((other for other in shards if other.names), shard)
-        if shard.names and shard.names != named.names:
-            raise UserError(f"{shard.path} does not have the columns of {named.path} in the same order: shards have the same")
-    if not 2 <= shards[0].columns <= MOST_FEATURES:
-        raise UserError(f"{path} has {shards[0].columns} features: a graph has 2 to {MOST_FEATURES}")
-    return shards
 
 
 def gram_matrix(shards, center=False):
@@ -120,7 +29,7 @@ def gram_matrix(shards, center=False):
     F = shards[0].columns
     gram, total, count = np.zeros((F, F)), np.zeros(F), 0
     todo = [(shard, number) for shard in shards for number, (_, rows) in enumerate(shard.pieces) if rows]
-    origin = next(todo[0][0].read(todo[0][1]))[0].astype(np.float64) if center else 0.0  # near the mean, so that little cancels below
+    origin = next(todo[0][0].chunks(todo[0][1]))[0] if center else 0.0  # near the mean, so that little cancels below
     todo = todo[RANK::WORLD]
     progress = tqdm(
         total=sum(shard.pieces[number][1] for shard, number in todo),
@@ -129,20 +38,14 @@ def gram_matrix(shards, center=False):
         disable=None if RANK == 0 else True,
     )
     for shard, number in todo:
-        first = shard.pieces[number][0]
-        for rows in shard.read(number):
-            rows = rows.astype(np.float64)
-            if not np.isfinite(rows.sum()):
-                bad = np.flatnonzero(~np.isfinite(rows).all(1))
-                if len(bad):
-                    raise UserError(f"{shard.path}: row {first + bad[0]} holds NaN or infinity: leave it out")
+        for rows in shard.chunks(number):
             if center:
                 rows -= origin
                 total += rows.sum(0)
             gram += rows.T @ rows
-            first += len(rows)
             count += len(rows)
             progress.update(len(rows))
+            del rows  # before the next ones are made
     progress.close()
     if WORLD > 1:
         gram, total, count = joined(gram, total, count)
@@ -251,7 +154,9 @@ def build(args):
     distances, settings = None, {"graph": args.graph}
     F = args.dim
     if args.embeddings:
-        shards = opened(args.embeddings)
+        shards = opened(args.embeddings, args.column)
+        if not 2 <= shards[0].columns <= MOST_FEATURES:
+            raise UserError(f"{args.embeddings} has {shards[0].columns} features: a graph has 2 to {MOST_FEATURES}")
         with ThreadPoolExecutor(1) as beside:
             digest = beside.submit(sha256, shards) if RANK == 0 else None
             gram, rows = gram_matrix(shards, args.center)
@@ -259,6 +164,7 @@ def build(args):
             return None, None
         settings |= {
             "embeddings": str(args.embeddings),
+            "column": shards[0].column,
             "sha256": digest.result(),
             "rows": rows,
             "columns": len(gram),
@@ -276,10 +182,10 @@ def build(args):
             gram = project(gram, args.dim, args.seed)
             settings["seed"] = args.seed
         F, distances = len(gram), feature_distances(gram)
-    elif args.center:
-        raise UserError("--center needs EMBEDDINGS")
+    elif args.center or args.column is not None:
+        raise UserError(f"--{'center' if args.center else 'column'} needs EMBEDDINGS")
     elif args.graph == "domain":
-        raise UserError("EMBEDDINGS is missing: a .npy or parquet file, such as `python data/embed.py DATA_DIR` makes")
+        raise UserError("EMBEDDINGS is missing: a file such as `python data/embed.py DATA_DIR` makes")
     elif F is None:
         raise UserError(f"--graph={args.graph} needs EMBEDDINGS, or --dim=F in their place")
     settings["F"] = F
@@ -347,15 +253,19 @@ def inspect(path, n_head, out):
 
 
 def main():
-    options = Parser(__doc__)
+    parser = options = Parser(__doc__)
     options.add_argument(
         "embeddings",
         nargs="?",
         type=Path,
         metavar="EMBEDDINGS",
-        help=".npy (N, F); parquet, with a column a feature or one column of lists; or a folder of such files",
+        help=".npy, .npz, .safetensors or .pt with an array (N, F); .parquet with a column of lists, or a column a feature; .csv or "
+        ".tsv; or a folder of such files",
     )
-    options.add_argument("--out", type=Path, metavar="FILE.parquet")
+    options.add_argument("--column", metavar="NAME", help="the column of lists or the array to read, where a file has several")
+    options.add_argument("--out", type=Path, metavar="FILE.parquet", help="the Laplacian to write; FILE.json beside it gets its settings")
+    options.add_argument("--overwrite", action="store_true", help="replace a file that is there already")
+    options = parser.add_argument_group("to look at a Laplacian")
     options.add_argument(
         "--inspect",
         type=Path,
@@ -363,6 +273,7 @@ def main():
         help="print the numbers of a Laplacian and draw it (to --out, default FILE.png); build nothing",
     )
     options.add_argument("--n_head", type=int, help="with --inspect: also the Laplacians of a model's heads, n_embd being F")
+    options = parser.add_argument_group("the recipe")
     options.add_argument("--center", action="store_true", help="take the mean of every feature off first")
     options.add_argument(
         "--graph",
@@ -383,8 +294,7 @@ def main():
     options.add_argument("--eps", type=float, default=1.31, help="greatest distance (default: %(default)s)")
     options.add_argument("--p", type=float, default=1.8, help="power of the weight (default: %(default)s)")
     options.add_argument("--sigma", type=float, default=0.535, help="scale of the weight (default: %(default)s)")
-    options.add_argument("--overwrite", action="store_true", help="replace a file that is there already")
-    args = options.parse_args()
+    args = parser.parse_args()
     for name in ("k", "topk", "eps", "p", "sigma"):
         if not 0 < getattr(args, name) < np.inf:
             raise UserError(f"--{name}={getattr(args, name)} must be positive")

@@ -1,24 +1,37 @@
 """What every script shares: how a user's mistake ends a program, how a file is replaced as a whole, settings, arguments."""
 
 import argparse
+import codecs
 import difflib
 import errno
 import fcntl
+import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager, suppress
 from dataclasses import field
 from pathlib import Path
 
-RANK, LOCAL_RANK, WORLD = (
-    int(os.environ.get(name, default))  # among the processes that torchrun started
-    for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+RANK, LOCAL_RANK, WORLD, RESTARTS = (
+    int(os.environ.get(name, default))  # among the processes that torchrun started, and how often --max-restarts restarted them
+    for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("TORCHELASTIC_RESTART_COUNT", 0))
 )
 ROOT = Path(__file__).resolve().parent  # root of the checkout
 NUMBER = (int, float)  # for read_lines
+MARKS = {  # byte-order marks; UTF-32's first, since one of UTF-16's begins it
+    codecs.BOM_UTF32_LE: "utf-32-le",
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+    codecs.BOM_UTF8: "utf-8",
+}
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+TEXT_PIECE = 1 << 20  # bytes of a text read at a time
 POSITIVE = (lambda value: 0 < value < 2**31, "positive and below 2^31")
 NOT_NEGATIVE = (lambda value: 0 <= value < 2**31, "0 or more and below 2^31")
 FRACTION = (lambda value: 0 <= value < 1, "at least 0 and below 1")
@@ -32,9 +45,10 @@ def one_of(*choices):
     return (lambda value: value in choices, "one of " + ", ".join(choices))
 
 
-def setting(default, meaning, rule=None):
-    """A dataclass field with its meaning and its rule: (predicate of the value, what the value must be) or None."""
-    return field(default=default, metadata={"meaning": meaning, "rule": rule})
+def setting(default, meaning, rule=None, group=None):
+    """A dataclass field with its meaning and its rule: (predicate of the value, what the value must be) or None. group: the heading
+    in --help above this setting and those that follow it."""
+    return field(default=default, metadata={"meaning": meaning, "rule": rule, "group": group})
 
 
 def check_rule(f, value, source=None):
@@ -44,50 +58,142 @@ def check_rule(f, value, source=None):
         raise UserError((f"{source}: " if source else "") + f"{f.name} = {value!r} must be {rule[1]}")
 
 
-NANOGPT = {
+OTHER_NAMES = {
     "max_iters": "max_steps",
-    "lr": "learning_rate",
+    "steps": "max_steps",
     "gradient_accumulation_steps": "grad_accum_steps",
     "warmup_iters": "warmup_steps",
     "lr_decay_iters": "lr_decay_steps",
-    "dataset": "data_dir",
-}  # its names for settings, and ours
+    "dataset": "data_dir=data/NAME",
+    "start": "prompt",
+    "lr": "learning_rate",
+    "wd": "weight_decay",
+    "output_dir": "out_dir",
+    "resume": "init_from=resume",
+    "seq_len": "block_size",
+    "context_length": "block_size",
+    "d_model": "n_embd",
+    "hidden_size": "n_embd",
+    "num_layers": "n_layer",
+    "num_heads": "n_head",
+    "bf16": "dtype=bfloat16",
+    "gpu": "device=cuda",
+    "cuda": "device=cuda",
+    "cpu": "device=cpu",
+}  # what nanoGPT and others call a setting, and what it is here
+NONE_HERE = {
+    "always_save_checkpoint": "checkpoint_interval and keep_last say which checkpoints stay, and the best one always does",
+    "backend": "several processes use nccl on GPUs, gloo on CPUs",
+    "decay_lr": "lr_schedule = constant does not decay, cosine and plateau do",
+    "bias": "no layer has one",
+    "fp16": "dtype = bfloat16 needs no scaled loss",
+    "epochs": "max_steps says how long a run is",
+    "num_train_epochs": "max_steps says how long a run is",
+}  # such settings without one here, and why
 
 
 def meant(name, names, dashes=""):
-    """ ", did you mean ...?" of a name that is none of `names`, nanoGPT's among them; "" where none is near."""
-    name = name.replace("-", "_")
-    near = [NANOGPT[name]] if NANOGPT.get(name) in names else difflib.get_close_matches(name, names, 1)
-    return f", did you mean {dashes}{near[0]}?" if near else ""
+    """What to say of a name that is none of `names`: the right one, or why there is none; "" where neither is known."""
+    name = name.replace("-", "_").lower()
+    if name in NONE_HERE:
+        return f", it has none here: {NONE_HERE[name]}"
+    off = name.removeprefix("no_")
+    near = OTHER_NAMES.get(name) or (f"{off}=False" if off != name and off in names else "")
+    if near.partition("=")[0] not in names:
+        near = next(iter(difflib.get_close_matches(name, names, 1)), "")
+    return f", did you mean {dashes}{near}?" if near else ""
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are UserErrors, like every other mistake."""
+    """An argument parser whose errors are UserErrors, like every other mistake. Options may be written with - for _, and True or
+    False may follow a flag."""
 
     def __init__(self, description):
         super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
+        missing = re.search(r"arguments are required: (.*)", message)
+        example = re.search(r"^ +(python .*?)(  |$)", self.description, re.M)  # the first of the doc-string
+        if missing:
+            message = f"{missing[1]} is missing, as in `{example[1] if example else f'python {sys.argv[0]} {missing[1]}'}`"
         raise UserError(f"{message} (--help lists the options)")
 
-    def parse_args(self, *args):
-        parsed, unknown = self.parse_known_args(*args)
+    def parse_args(self, words=None):
+        parsed, unknown = self.parse_known_args(self.spelled(sys.argv[1:] if words is None else words))
         if unknown:
-            names = [option.removeprefix("--") for option in self._option_string_actions]
-            hint = meant(unknown[0].removeprefix("--").partition("=")[0], names, "--") if unknown[0].startswith("--") else ""
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+            self.refuse(unknown)
         return parsed
+
+    def spelled(self, words):
+        """The words of a command line, with its options as argparse knows them. Raises UserError for an unknown option."""
+        flags, spelled = [name for name, action in self._option_string_actions.items() if action.nargs in (0, "?")], []
+        for word in words:
+            if spelled and spelled[-1] in flags and word.lower() in ("true", "false"):
+                spelled[-1] += f"={word}"
+                continue
+            name, equals, value = word.partition("=")
+            if word.startswith("--") and word != "--" and " " not in name and "--" not in spelled:
+                name = "--" + name[2:].replace("-", "_")
+                if name not in self._option_string_actions:
+                    self.refuse([word])
+            spelled.append(name + equals + value)
+        return [word for word in map(self.flagged, spelled) if word is not None]
+
+    def flagged(self, word):
+        """A flag's word as argparse takes it: without a value where it has none; None where it is off. Others stay as they are."""
+        name, equals, value = word.partition("=")
+        action = self._option_string_actions.get(name)
+        if action and action.nargs == "?":
+            return word if equals else f"{name}=True"
+        if action and action.nargs == 0 and equals:
+            if value.lower() not in ("true", "false"):
+                self.error(f"{word} must be True or False")
+            return name if value.lower() == "true" else None
+        return word
+
+    def refuse(self, words):
+        """Raise UserError for words that are no arguments, with what the first of them was meant to be."""
+        names = [option.removeprefix("--") for option in self._option_string_actions]
+        places = [action.metavar or action.dest for action in self._positionals._group_actions]
+        name, equals, value = words[0].lstrip("-").partition("=")
+        if place := next((place for place in places if place.partition(".")[0] == name.upper()), None):
+            hint = f": {place} stands by itself, without --{name}"
+        elif words[0].startswith("-") or equals and name in (*names, *OTHER_NAMES):
+            hint = meant(name, names, "--")
+        else:
+            hint = f": only one {places[0]} is taken" if places else ""
+        self.error(f"unrecognized arguments: {' '.join(words)}{hint}")
+
+
+@contextmanager
+def waiting(what):
+    """Say on standard error what the block does, once it has taken three seconds; not where TQDM_DISABLE hides progress."""
+
+    def say():
+        from tqdm import tqdm  # here, because not every script needs it
+
+        tqdm.write(f"{what} ...", file=sys.stderr)
+
+    timer = threading.Timer(3, say)
+    timer.daemon = True
+    if RANK == 0 and not os.environ.get("TQDM_DISABLE"):
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def run(main):
-    """Call main() and end the program with exit code 0, or 1 for a disk that is full or fails, 2 for a user's mistake (one line on
+    """main(), or the end of the program: with exit code 1 for a disk that is full or fails, 2 for a user's mistake (one line on
     stderr either way), 130 after Ctrl-C, 141 if the reader of the output has left."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, mode))
     try:
-        main()
+        result = main()
         sys.stdout.flush()
+        return result
     except BrokenPipeError:  # the reader of our output left, as in `sample.py ... | head`
         end_output()
         sys.exit(141)
@@ -95,7 +201,7 @@ def run(main):
         rank = f" on rank {RANK}" if WORLD > 1 else ""
         print(f"{Path(sys.argv[0]).name}: error{rank}: {' '.join(str(error).split())}", file=sys.stderr)
         end_output()
-        sys.exit(1 if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO) else 2)
+        sys.exit(1 if getattr(error, "errno", None) in (*FULL, errno.EIO) else 2)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -158,12 +264,14 @@ def replacing(path):
 @contextmanager
 def output_folder(path):
     """Make the folder `path`. If the block fails, a folder that did not exist before is removed again, unless it holds
-    something."""
+    something. An error that says that the disk is full gets its name."""
     existed = path.exists()
     path.mkdir(parents=True, exist_ok=True)
     try:
         yield
-    except BaseException:
+    except BaseException as error:
+        if getattr(error, "errno", None) in FULL and error.filename is None:
+            error.filename = str(path)
         if not existed and not any(path.iterdir()):
             path.rmdir()
         raise
@@ -184,6 +292,43 @@ def check_place(path, suffix, overwrite, option="--out"):
     refuse_existing(path, overwrite)
 
 
+def decoded(file, name, errors="strict"):
+    """Yield the text of a file opened for bytes, piece by piece: UTF-8, or UTF-16 or UTF-32 if it begins with their byte-order mark.
+    A mark is no part of the text, and every line end (CRLF, lone CR) becomes \\n; nothing else is changed.
+
+    Raises UserError, with the byte and its offset, for what is no text. errors: as of bytes.decode(), to go on there instead.
+    """
+    data = file.read(TEXT_PIECE)
+    mark = next((mark for mark in MARKS if data.startswith(mark)), b"")
+    encoding, data, offset = MARKS.get(mark, "utf-8"), data[len(mark) :], len(mark)
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(encoding)(errors), translate=True)
+    while True:
+        if errors == "strict" and encoding == "utf-8" and (zero := data.find(b"\0")) >= 0:
+            raise UserError(
+                f"{name} is no text: a zero byte at offset {offset + zero} (not text at all, or UTF-16 without a byte-order mark: "
+                f"`iconv -f UTF-16LE -t UTF-8 {name} > NEW` converts that)"
+            )
+        try:
+            yield decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{name} is no {encoding.upper()} text: byte 0x{error.object[error.start]:02x} at offset "
+                f"{offset + len(data) - len(error.object) + error.start}: convert it, by `iconv -f LATIN1 -t UTF-8 {name} > NEW` or so"
+            ) from None
+        if not data:
+            return
+        offset += len(data)
+        data = file.read(TEXT_PIECE)
+
+
+def read_text(path, errors="strict"):
+    """The text of a file, or of standard input for "-", as decoded() reads it."""
+    if str(path) == "-":
+        return "".join(decoded(sys.stdin.buffer, "standard input", errors))
+    with open(path, "rb") as file:
+        return "".join(decoded(file, path, errors))
+
+
 def append_line(path, record):
     """Append an object to a JSON Lines file, in place of an unterminated last line, if a killed writer left one. Several processes
     may do so at a time."""
@@ -200,7 +345,7 @@ def read_lines(path, **fields):
     """[(line, object)] of a JSON Lines file; an unterminated last line, which a killed writer leaves, is left out. fields: names
     and types of the fields that each object must have, numbers finite. Raises UserError for a line that is not such an object."""
     records = []
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(keepends=True), 1):
+    for number, line in enumerate(read_text(path, "replace").splitlines(keepends=True), 1):
         if line.endswith("\n"):
             try:
                 records.append((line, json.loads(line)))
@@ -216,17 +361,32 @@ def read_lines(path, **fields):
 
 
 def choose_device(name, local_rank=0):
-    """The torch.device called `name`; "auto" is cuda, else mps, else cpu; "cuda" is cuda:local_rank. Raises UserError if it is unusable."""
+    """The torch.device called `name`; "auto" is cuda, else mps, else cpu; "cuda" is cuda:local_rank. Raises UserError if it is unusable
+    or unknown."""
     import torch  # here, because scripts that only prepare data do without it
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    reason, visible = None, os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d{1,4})?", name):
+        reason = "it is none of auto, cpu, mps, cuda and cuda:N"
+    elif name == "mps" and not torch.backends.mps.is_available():
+        reason = "torch finds no Apple GPU"
+    elif name.startswith("cuda") and not torch.cuda.is_available():
+        found = "finds no GPU" if torch.backends.cuda.is_built() else "is built without CUDA"
+        reason = f"torch {found}" + ("" if visible is None else f", with CUDA_VISIBLE_DEVICES={visible!r}")
+    elif name.startswith("cuda"):
+        name, count = f"cuda:{local_rank}" if name == "cuda" else name, torch.cuda.device_count()
+        if int(name[5:]) >= count:
+            reason = f"there are {count}, from cuda:0 on" + ("" if visible is None else f", with CUDA_VISIBLE_DEVICES={visible!r}")
     try:
-        device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used here: {first_line(error)}") from None
-    return device
+        if not reason:
+            torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:  # a driver that does not fit, a device that is full
+        reason = first_line(error)
+    if reason:
+        raise UserError(f"device {name!r} cannot be used here: {reason}: give another --device, or leave it out")
+    return torch.device(name)
 
 
 def commit():

@@ -6,7 +6,8 @@
     python plot.py out/tau_30m results/published_30m --out=beside_the_published.png --max_loss=5
 
 --idea=TEXT draws where the tokens of a text lie on the line of lambdas, in one head of a trained model, and the softmax weight of each.
---bands draws, for one run, how widely the lambdas of each head's keys spread over time, layer by layer."""
+--bands draws, for one run, how widely the lambdas of each head's keys spread over time, layer by layer.
+Without --out the figure goes into the first OUT_DIR, and one that plot.py has drawn there before is drawn again."""
 
 from functools import partial
 from pathlib import Path
@@ -16,14 +17,12 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 
 from common import NUMBER, Parser, UserError, check_place, read_lines, replacing, run
 from data import tokenizer as tokenizers
 from data.laplacian import load_laplacian
-from model import head_laplacians, kron_reduction
-from ops.attention import attention_weights
-from training import checkpoint
+
+SOFTWARE = "tauformer plot.py"  # by which a figure tells that it may be drawn again
 
 
 def read_metrics(folder):
@@ -88,16 +87,16 @@ def draw_bands(axis, layer, tokens, lambdas):
 
 def draw_spectra(axis, L, heads):
     """Eigenvalues of L (F, F) and of the Laplacians (D, D) of heads."""
-    axis.plot(torch.linalg.eigvalsh(L), label=f"L, F = {len(L)}")
+    axis.plot(np.linalg.eigvalsh(L), label=f"L, F = {len(L)}")
     for number, head in enumerate(heads):
-        axis.plot(torch.linalg.eigvalsh(head), alpha=0.7, linewidth=1, label=f"key head {number}")
+        axis.plot(np.linalg.eigvalsh(head), alpha=0.7, linewidth=1, label=f"key head {number}")
     axis.set(xlabel="eigenvector", ylabel="eigenvalue", title="spectrum of the Laplacian")
     axis.legend(fontsize="small")
 
 
 def draw_adjacency(axis, L):
-    order = torch.linalg.eigh(L)[1][:, 1].argsort()  # by the Fiedler vector: neighbours in the graph stand together
-    weights = (L.diag().diag() - L)[order][:, order].numpy()
+    order = np.linalg.eigh(L)[1][:, 1].argsort()  # by the Fiedler vector: neighbours in the graph stand together
+    weights = (np.diag(np.diag(L)) - L)[order][:, order]
     image = axis.imshow(weights, cmap="magma", interpolation="nearest")
     axis.set(xlabel="feature, in Fiedler order", ylabel="feature, in Fiedler order", title="adjacency: edge weights")
     axis.figure.colorbar(image, ax=axis, shrink=0.8)
@@ -114,6 +113,11 @@ def laplacian_panels(L, heads):
 
 def overview(sources, folders, max_loss, n_head):
     """The panels of the usual figure, functions of an axis. n_head: into how many heads to divide a Laplacian read from a file."""
+    import torch  # here, and in idea(), because it takes seconds: a mistake in the command line is answered at once
+
+    from model import head_laplacians, kron_reduction
+    from training import checkpoint
+
     runs, L, heads = {str(folder): read_metrics(folder) for folder in folders}, None, []
     for source in sources:
         if L is None and source.suffix == ".parquet":
@@ -135,13 +139,17 @@ def overview(sources, folders, max_loss, n_head):
     if any("tau" in record for metrics in runs.values() for record in metrics["val"]):
         panels.append(partial(draw_energies, runs=runs))
     if L is not None:
-        panels += laplacian_panels(L, heads)
+        panels += laplacian_panels(L.numpy(), [head.numpy() for head in heads])
     return panels
 
 
-@torch.no_grad()
 def idea(folder, text, layer, head):
     """The panel of one head: where the last token's query and all keys of a text lie on the line of lambdas, and the softmax weights."""
+    import torch
+
+    from ops.attention import attention_weights
+    from training import checkpoint
+
     path = checkpoint.find(folder)
     tensors, header = checkpoint.read(path)
     model, tokenizer = checkpoint.build_model(tensors, header, path), tokenizers.from_json(header["tokenizer"])
@@ -155,22 +163,20 @@ def idea(folder, text, layer, head):
         )
     if not 2 <= len(tokens) <= config.block_size:
         raise UserError(f"--idea={text!r} has {len(tokens)} tokens; 2 to {config.block_size} can be drawn")
-    with model.recording() as seen:
+    with torch.no_grad(), model.recording() as seen:
         model(torch.tensor([tokens]), head=False)
-    at = seen[layer]
-    weights = attention_weights(at.lambda_q, at.lambda_k, at.temperature, at.log_decay, at.key_bias)[0, head, -1]
+        at = seen[layer]
+        weights = attention_weights(at.lambda_q, at.lambda_k, at.temperature, at.log_decay, at.key_bias)[0, head, -1]
     temperature = at.temperature.expand(heads)[head].item() if torch.is_tensor(at.temperature) else at.temperature
     names = [tokenizer.decode_bytes([token]).decode(errors="replace").strip().replace("$", r"\$") or "_" for token in tokens]
-    lambda_k = at.lambda_k[0, head * at.lambda_k.size(1) // heads]
-    return partial(
-        draw_idea, lambda_q=at.lambda_q[0, head, -1].item(), lambda_k=lambda_k, weights=weights, temperature=temperature, names=names
-    )
+    lambda_q, lambda_k = at.lambda_q[0, head, -1].item(), at.lambda_k[0, head * at.lambda_k.size(1) // heads].numpy()
+    return partial(draw_idea, lambda_q=lambda_q, lambda_k=lambda_k, weights=weights.numpy(), temperature=temperature, names=names)
 
 
 def draw_idea(axis, lambda_q, lambda_k, weights, temperature, names):
     """lambda_q: that of the last token's query; lambda_k, weights: (T,); names: of the T tokens."""
-    line = torch.linspace(min(lambda_k.min(), lambda_q) - 0.02, max(lambda_k.max(), lambda_q) + 0.02, 500)
-    axis.plot(line, (-(line - lambda_q).abs() / temperature).exp(), color="C1", label=f"exp(-|lambda_q - lambda_k| / {temperature:.3g})")
+    line = np.linspace(min(lambda_k.min(), lambda_q) - 0.02, max(lambda_k.max(), lambda_q) + 0.02, 500)
+    axis.plot(line, np.exp(-np.abs(line - lambda_q) / temperature), color="C1", label=f"exp(-|lambda_q - lambda_k| / {temperature:.3g})")
     axis.axvline(lambda_q, color="C1", linestyle=":", label=f'lambda_q of "{names[-1]}"')
     axis.vlines(lambda_k, 0, weights / weights.max(), color="C0", alpha=0.5)
     axis.plot(lambda_k, weights / weights.max(), "o", color="C0", markersize=4, label="keys, at their weight in the softmax")
@@ -190,8 +196,13 @@ def draw(panels, out, width=5.5):
     for unused in axes.flat[len(panels) :]:
         unused.remove()
     with replacing(out) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+        figure.savefig(temporary, format="png", dpi=110, metadata={"Software": SOFTWARE})
     print(f"figure: {out}")
+
+
+def drawn_here(path):
+    """Whether a file is a figure that this program has written."""
+    return path.is_file() and f"tEXtSoftware\0{SOFTWARE}".encode() in path.read_bytes()
 
 
 def main():
@@ -204,7 +215,9 @@ def main():
     options.add_argument("--head", type=int, default=0, help="with --idea, counted without the local ones (default: %(default)s)")
     options.add_argument("--n_head", type=int, help="of a Laplacian file: also the spectra of a model's heads, n_embd being F")
     options.add_argument("--max_loss", type=float, help="upper end of the losses' axis (default: the highest)")
-    options.add_argument("--overwrite", action="store_true", help="replace a figure that is there already")
+    options.add_argument(
+        "--overwrite", action="store_true", help="replace a file that is there already; one that plot.py drew, without --out, always is"
+    )
     args = options.parse_args()
 
     if args.max_loss is not None and not 0 < args.max_loss < np.inf:
@@ -217,7 +230,7 @@ def main():
     if not folders and args.out is None:
         raise UserError("--out=FILE.png is missing")
     out = args.out or folders[0] / ("bands.png" if args.bands else "idea.png" if args.idea else "figure.png")
-    check_place(out, ".png", args.overwrite)
+    check_place(out, ".png", args.overwrite or args.out is None and drawn_here(out))
 
     if args.idea:
         return draw([idea(folders[0], args.idea, args.layer, args.head)], out, width=10)

@@ -3,10 +3,11 @@
     python sample.py out/quickstart --prompt="The list object" --max_new_tokens=100 --num_samples=3
     python sample.py out/quickstart --prompts=FILE       a prompt a line, their samples one after another
     python sample.py out/quickstart --interactive        asks for prompts; Ctrl-C stops a sample
-    python sample.py out/quickstart --score=FILE         loss, perplexity and bits per byte of a text
+    python sample.py out/quickstart --score=FILE         loss, perplexity and bits per byte of a text, or of documents (FILE.jsonl, or
+                                                         the folder of a prepared corpus, whose validation documents are taken)
 
-Writes the generated text, without the prompt, to standard output; on a terminal as it comes. Several samples are
-generated as one batch and written one after another."""
+Writes the generated text, and nothing else, to standard output. On a terminal it comes as it is generated, after its prompt, and lines
+stand between samples. Several samples are generated as one batch and written one after another."""
 
 import codecs
 import math
@@ -15,17 +16,31 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import Parser, UserError, choose_device, run
+from common import Parser, UserError, choose_device, read_text, run, waiting
 from data import tokenizer as tokenizers
-from decoding.cache import StreamCache, make_cache
-from decoding.generate import PIECE, decode_n_tokens, for_decoding
-from training import checkpoint
+from data.corpus import Corpus
+from data.sources import read_jsonl
+
+# What needs torch, whose import takes seconds, is imported where it is used, so that a mistake in the command line is answered at once.
 
 BATCH = 64  # samples generated at a time
+LINE = "\n" + "-" * 15 + "\n"  # between samples on a terminal
+
+
+def load(out_dir, device="auto"):
+    """(model, tokenizer) of an output folder of train.py, whose best checkpoint is taken, or of a checkpoint; the model in evaluation
+    mode on its device, with the checkpoint's hash as model.sha256. Raises UserError if there is none, or it is damaged."""
+    from decoding.generate import for_decoding
+    from training import checkpoint
+
+    device = choose_device(device)
+    path = checkpoint.find(out_dir)
+    tensors, header = checkpoint.read(path)
+    model = for_decoding(checkpoint.build_model(tensors, header, path).to(device).eval())
+    model.sha256 = header["sha256"]
+    return model, tokenizers.from_json(header["tokenizer"])
 
 
 class Text:
@@ -59,43 +74,51 @@ class Text:
         return shown
 
 
-def prompt_tokens(text, tokenizer):
-    """The tokens of a prompt; an empty one stands for the beginning of a document."""
-    return tokenizer.encode(text) or [0 if tokenizer.end_token is None else tokenizer.end_token]
+def generate_many(
+    model,
+    tokenizer,
+    prompts,
+    max_new_tokens=200,
+    num_samples=1,
+    temperature=0.8,
+    top_k=200,
+    top_p=1.0,
+    stop=(),
+    cache="exact",
+    seed=1337,
+    show=None,
+    progress=False,
+):
+    """The texts that go on from a list of prompts, num_samples from each, without the prompts. An empty prompt stands for the beginning
+    of a document. A text depends on its prompt, on seed and on its number among the samples of the prompt.
 
+    stop: texts before which a sample ends; with any, it also ends at its document's end. cache: as decode_n_tokens() takes it.
+    show: a function that gets each piece of the first text as it comes, and its number of tokens. progress: show a bar on standard
+    error, if that is a terminal. Raises UserError for a character that the tokenizer lacks."""
+    from decoding.generate import decode_n_tokens
 
-def read(name):
-    """The text of a file, or of standard input for "-"; bytes that are not UTF-8 become replacement characters."""
-    data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    return data.decode("utf-8", "replace")
-
-
-def samples(args, model, tokenizer, prompts, session=None, show=None):
-    """The texts, num_samples per prompt. show(piece, tokens) gets each piece of the first text as it comes, and its number of tokens."""
-    rows = [(prompt, args.seed + number) for prompt in prompts for number in range(args.num_samples)]
-    texts, pieces = [Text(tokenizer, args.stop) for _ in rows], [[] for _ in rows]
-    stop = {tokenizer.end_token} if args.stop and tokenizer.end_token is not None else ()
+    tokens = [tokenizer.encode(prompt) for prompt in prompts]
+    if isinstance(cache, str) or not cache.pending:
+        tokens = [prompt or [0 if tokenizer.end_token is None else tokenizer.end_token] for prompt in tokens]
+    if cache in ("exact", "none") and (longest := max(map(len, tokens))) > model.config.block_size:
+        read = model.config.block_size
+        print(f"a prompt has {longest:,} tokens: the last {read:,}, the context, are read (--cache=stream reads all)", file=sys.stderr)
+    rows = [(prompt, seed + number) for prompt in tokens for number in range(num_samples)]
+    texts, pieces = [Text(tokenizer, stop) for _ in rows], [[] for _ in rows]
+    end = {tokenizer.end_token} if stop and tokenizer.end_token is not None else ()
 
     def piece(row, text, tokens):
         pieces[row].append(text)
         if show and row == 0:
             show(text, tokens)
 
-    with tqdm(total=len(rows) * args.max_new_tokens, unit=" tokens", disable=True if show else None) as progress:
+    with tqdm(total=len(rows) * max_new_tokens, unit=" tokens", disable=None if progress else True) as bar:
         for first in range(0, len(rows), BATCH):
             batch = texts[first : first + BATCH]
-            for row, token in decode_n_tokens(
-                model,
-                *zip(*rows[first : first + BATCH]),
-                args.max_new_tokens,
-                args.temperature,
-                args.top_k,
-                args.top_p,
-                session or args.cache,
-                stop,
-            ):
-                progress.update()
-                piece(first + row, batch[row].end() if token in stop else batch[row].add(token), 1)
+            drawn = decode_n_tokens(model, *zip(*rows[first : first + BATCH]), max_new_tokens, temperature, top_k, top_p, cache, end)
+            for row, token in drawn:
+                bar.update()
+                piece(first + row, batch[row].end() if token in end else batch[row].add(token), 1)
                 if all(text.stopped for text in batch):
                     break
     for row, text in enumerate(texts):
@@ -103,7 +126,12 @@ def samples(args, model, tokenizer, prompts, session=None, show=None):
     return ["".join(row) for row in pieces]
 
 
-def interactive(args, model, tokenizer):
+def generate(model, tokenizer, prompt, **how):
+    """The text that goes on from a prompt; how: arguments of generate_many()."""
+    return generate_many(model, tokenizer, [prompt], **how)[0]
+
+
+def interactive(model, tokenizer, how):
     """Ask for prompts until the end of input. Ctrl-C ends a sample; while a prompt is asked for, it ends the program."""
     sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     while True:
@@ -121,7 +149,7 @@ def interactive(args, model, tokenizer):
             print(piece, end="", flush=True)
 
         try:
-            samples(args, model, tokenizer, [prompt_tokens(line.rstrip("\n"), tokenizer)], show=show)
+            generate(model, tokenizer, line.rstrip("\n"), show=show, **how)
         except KeyboardInterrupt:
             pass
         except UserError as error:  # a character that the tokenizer does not have
@@ -132,32 +160,66 @@ def interactive(args, model, tokenizer):
         print(f"[{sum(counts)} tokens, {sum(counts) / seconds:.1f} tokens/s]", file=sys.stderr)
 
 
-@torch.no_grad()
-def score(model, tokens, cache_name):
-    """The mean loss, in nats per token, of all tokens of a list but the first: each is predicted from all before it with
-    cache "stream", else from those before it in its window of block_size tokens. Apart from the tokens themselves, memory
-    does not grow with the text."""
-    device, total = model.head.weight.device, 0.0
-    endless = cache_name == "stream"
-    window = len(tokens) if endless else model.config.block_size
-    for begin in tqdm(range(0, len(tokens) - 1, window), unit=" windows", disable=None):
-        cache = make_cache(cache_name if endless else "plain", model.config, device)
-        for start in range(begin, min(begin + window, len(tokens) - 1), PIECE):
-            stop = min(start + PIECE, begin + window, len(tokens) - 1)
-            idx, targets = (torch.tensor([tokens[start + s : stop + s]], device=device) for s in (0, 1))
-            total += F.cross_entropy(model.logits(model(idx, cache=cache, head=False))[0], targets[0], reduction="sum").item()
-    return total / (len(tokens) - 1)
+def documents(name, tokenizer):
+    """Yield (tokens, bytes) of what is to be scored: tokens of which all but the first count, and how many bytes of text those are.
+    A text is one document. Those of a JSONL file or of a corpus begin after an end token, which is not counted, and end with one, which
+    is, as in training; where the tokenizer has none, their first token is not counted."""
+    end = [] if tokenizer.end_token is None else [tokenizer.end_token]
+    if name and Path(name).is_dir():
+        texts = Corpus(name).documents("val")
+    elif ".jsonl" in Path(name).suffixes:
+        texts = read_jsonl([name])
+    else:
+        texts, end = [read_text(name)], []
+    for text in texts:
+        tokens = [*end, *tokenizer.encode(text), *end]
+        yield tokens, len(tokenizer.decode_bytes(tokens[1 : len(tokens) - len(end)]))
+
+
+def write_score(args, model, tokenizer):
+    from decoding.score import loss_of
+
+    window = model.config.block_size
+    stride = args.stride or window
+    if stride > window:
+        raise UserError(f"--stride={stride} must be at most the model's block_size, {window}: tokens between would not be scored")
+    loss, count, length, number = 0.0, 0, 0, 0
+    with tqdm(unit=" tokens", disable=True if args.quiet else None) as progress:
+        for tokens, size in documents(args.score, tokenizer):
+            if len(tokens) > 1:
+                loss += loss_of(model, tokens, args.cache, stride)
+                count, length, number = count + len(tokens) - 1, length + size, number + 1
+                progress.update(len(tokens) - 1)
+    if not count:
+        raise UserError(f"{args.score} holds too little to score: at least 2 tokens are needed")
+    windows = f"windows of {window:,} tokens move by {stride:,}"
+    context = f": the first {window - stride:,} of a later one are context only" if stride < window else ", none overlaps another"
+    print(
+        f"loss {loss / count:.4f} nats a token, perplexity {math.exp(min(loss / count, 700)):.2f}, bits per byte "
+        f"{loss / math.log(2) / max(1, length):.4f}, {count:,} tokens, {number:,} document{'s' * (number > 1)}, {loss:,.1f} nats in all; "
+        + ("each token is predicted from all before it in its document" if args.cache == "stream" else windows + context)
+    )
 
 
 def arguments():
     """The command line. Raises UserError for values that are invalid, alone or together."""
-    options = Parser(__doc__)
+    parser = options = Parser(__doc__)
     options.add_argument("out_dir", metavar="OUT_DIR", help="output folder of train.py, whose best checkpoint is taken, or a checkpoint")
+    options = parser.add_argument_group("what to go on from, or to score")
     options.add_argument("--prompt", help="text to go on from (default: the beginning of a document)")
     options.add_argument("--prompt_file", metavar="FILE", help="file that holds it; - for standard input")
     options.add_argument("--prompts", metavar="FILE", help="file of prompts, one a line; - for standard input")
     options.add_argument("--interactive", action="store_true", help="ask for prompts")
-    options.add_argument("--score", metavar="FILE", help="loss, perplexity and bits per byte of a text; - for standard input")
+    options.add_argument(
+        "--score",
+        metavar="FILE",
+        help="loss, perplexity and bits per byte of a text (- for standard input), of the documents of a FILE.jsonl, compressed or not, "
+        "or of the validation documents of a prepared corpus's folder",
+    )
+    options.add_argument(
+        "--stride", type=int, metavar="N", help="with --score: tokens by which a window of block_size moves (default: block_size)"
+    )
+    options = parser.add_argument_group("how texts are drawn")
     options.add_argument("--max_new_tokens", type=int, default=200, help="tokens to generate (default: %(default)s)")
     options.add_argument("--num_samples", type=int, default=1, help="of each prompt (default: %(default)s)")
     options.add_argument(
@@ -175,6 +237,7 @@ def arguments():
         metavar="TEXT",
         help="end a sample before this text, or at the document's end; may be given again",
     )
+    options = parser.add_argument_group("how they are computed")
     options.add_argument(
         "--cache",
         choices=("exact", "stream", "none"),
@@ -188,9 +251,15 @@ def arguments():
         metavar="FILE",
         help="with --cache=stream: go on from this file, where it exists, and keep the context in it afterwards",
     )
+    options.add_argument("--quiet", action="store_true", help="on a terminal, too, the text alone: no prompts, lines and progress")
+    options.add_argument(
+        "--separator",
+        metavar="TEXT",
+        help=r"between samples; \n in it is a newline, \0 the character 0 (default: a newline, on a terminal a line of dashes)",
+    )
     options.add_argument("--seed", type=int, default=1337, help="(default: %(default)s)")
     options.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: %(default)s)")
-    args = options.parse_args()
+    args = parser.parse_args()
     for name, good in (
         ("max_new_tokens", 0 <= args.max_new_tokens < 2**31),
         ("num_samples", 1 <= args.num_samples <= 4096),
@@ -199,6 +268,7 @@ def arguments():
         ("top_p", 0 < args.top_p <= 1),
         ("seed", 0 <= args.seed < 2**31),
         ("stop", all(args.stop)),
+        ("stride", args.stride is None or args.stride >= 1),
     ):
         if not good:
             raise UserError(f"--{name}={getattr(args, name)} is out of range (--help lists the options)")
@@ -209,60 +279,59 @@ def arguments():
         raise UserError("--session goes with --cache=stream, one prompt and one sample")
     if args.session and not os.access(folder := args.session.absolute().parent, os.W_OK):
         raise UserError(f"--session={args.session}: {'cannot write to' if folder.exists() else 'there is no'} {folder}")
+    if args.stride and (args.score is None or args.cache == "stream"):
+        raise UserError("--stride moves the windows of --score; --cache=stream has none")
     if args.interactive and args.num_samples > 1:
         raise UserError("--interactive shows one sample of each prompt: leave --num_samples out")
     return args
 
 
-def write_score(args, model, tokenizer):
-    tokens = tokenizer.encode(read(args.score))
-    if len(tokens) < 2:
-        raise UserError(f"{args.score} holds {len(tokens)} tokens: at least 2 are needed")
-    loss = score(model, tokens, args.cache)
-    scored_bytes = len(tokenizer.decode_bytes(tokens[1:]))
-    print(
-        f"loss {loss:.4f} nats a token, perplexity {math.exp(min(loss, 700)):.2f}, bits per byte "
-        f"{loss * (len(tokens) - 1) / math.log(2) / max(1, scored_bytes):.4f}, {len(tokens) - 1:,} tokens"
-    )
-
-
 def prompts_of(args):
     """The texts to go on from."""
     if args.prompts is not None:
-        lines = read(args.prompts).replace("\r\n", "\n")
+        lines = read_text(args.prompts)
         if not lines:
             raise UserError(f"{args.prompts} holds no prompt")
         return lines.removesuffix("\n").split("\n")
     if args.prompt_file is not None:
-        return [read(args.prompt_file)]
+        return [read_text(args.prompt_file)]
     return [(args.prompt or "").encode("utf-8", "surrogateescape").decode("utf-8", "replace")]
 
 
 def main():
     args = arguments()
-    device = choose_device(args.device)
-    path = checkpoint.find(args.out_dir)
-    tensors, header = checkpoint.read(path)
-    tokenizer = tokenizers.from_json(header["tokenizer"])
-    model = for_decoding(checkpoint.build_model(tensors, header, path).to(device).eval())
+    with waiting("loading the model"):
+        model, tokenizer = load(args.out_dir, args.device)
     sys.stdout.reconfigure(encoding="utf-8")
+    how = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "stop", "cache", "seed")}
     if args.interactive:
-        return interactive(args, model, tokenizer)
+        return interactive(model, tokenizer, how)
     if args.score is not None:
         return write_score(args, model, tokenizer)
-    session = make_cache("stream", model.config, device) if args.session else None
-    if session and args.session.exists():
-        session = StreamCache.load(args.session, model.config, header["sha256"])
-    if session and session.pending:  # an empty prompt adds nothing
-        prompts = [tokenizer.encode(prompt) for prompt in prompts_of(args)]
-    else:
-        prompts = [prompt_tokens(prompt, tokenizer) for prompt in prompts_of(args)]
+    if args.session:
+        from decoding.cache import StreamCache, make_cache
+
+        how["cache"] = make_cache("stream", model.config, model.head.weight.device)
+        if args.session.exists():
+            how["cache"] = StreamCache.load(args.session, model.config, model.sha256, model.head.weight.device)
+    prompts = prompts_of(args)
 
     terminal = sys.stdout.isatty()
-    texts = samples(args, model, tokenizer, prompts, session, (lambda piece, _: print(piece, end="", flush=True)) if terminal else None)
-    print("\n".join(["" if terminal else texts[0], *texts[1:]]), end="\n" if terminal else "")
-    if session:
-        session.save(args.session, header["sha256"])
+    framed = terminal and not args.quiet
+    separator = (LINE if framed else "\n") if args.separator is None else args.separator.replace("\\n", "\n").replace("\\0", "\0")
+    before = [prompt if framed else "" for prompt in prompts for _ in range(args.num_samples)]
+    show = None
+    if terminal:
+        print(before[0], end="", flush=True)
+        show = lambda piece, _: print(piece, end="", flush=True)
+    progress = not (terminal or args.quiet)
+    texts = generate_many(model, tokenizer, prompts, num_samples=args.num_samples, show=show, progress=progress, **how)
+    samples = [prompt + text for prompt, text in zip(before, texts)]
+    if terminal:
+        samples[0] = ""  # it is there already
+    print(separator.join(samples), end="\n" if terminal else "")
+    if args.session:
+        how["cache"].save(args.session, model.sha256)
 
 
 if __name__ == "__main__":

@@ -3,27 +3,33 @@
     python train.py configs/quickstart.toml --learning_rate=1e-3
     torchrun --nproc_per_node=8 train.py configs/tau_30m.toml
 
-Writes metrics.jsonl, diagnostics.jsonl, checkpoints to resume from and best.safetensors to out/NAME, where NAME is the
-config's. On SIGTERM, SIGINT (Ctrl-C) or SIGHUP it finishes the step, saves and ends; on another one, over a second later, it
-ends at once. On SIGUSR1 it saves."""
+Writes metrics.jsonl, diagnostics.jsonl, log.txt (the lines that it prints), config.toml (its settings), checkpoints to resume
+from and best.safetensors to out/NAME, where NAME is the config's. On SIGTERM, SIGINT (Ctrl-C) or SIGHUP it finishes the step,
+saves and ends; on another one, over a second later, it ends at once. On SIGUSR1 it saves."""
 
 import math
 import os
+import shlex
 import sys
 import time
 from contextlib import nullcontext
 from datetime import timedelta
 
 import numpy as np
-import torch
 
 import common
-from common import RANK, WORLD
+from common import RANK, WORLD, waiting
+from training import inputs
+
+if __name__ == "__main__":  # first of all, for importing torch takes seconds: a mistake in the command line is answered at once
+    settings, given = common.run(lambda: inputs.asked(__doc__))
+with waiting("importing torch"):
+    import torch
+
 from training import checkpoint, memory, optim, processes, taumode
 from training.batches import batch_of, step_batches
-from training.config import parse
 from training.evaluation import averaged, shown, validation_record
-from training.folder import only_looks
+from training.folder import keep_line, only_looks
 from training.log import Log, profiled
 from training.processes import no_sync, summed, whole
 from training.start import start
@@ -32,19 +38,22 @@ LOWEST_SCALE = 0.03125  # lowest factor of the plateau rule: 5 halvings, the pub
 MEMORY = 0.98  # share of the losses' running mean that is kept per step: about the mean of 50 steps
 
 
-def main():
-    settings, given = parse(__doc__)
+def main(settings, given):
     sys.stdout, sys.stderr = common.Unread(sys.stdout), common.Unread(sys.stderr)
     with memory.memory_errors_named(settings):
         asked = processes.Signals()
         if not only_looks(settings):
             asked.heed()
-        run = start(settings, given)
+        with waiting("preparing the run"):
+            run = start(settings, given)
         if settings.eval_only:
             evaluate_only(run)
         elif run.resumed and run.state.step >= settings.max_steps:
             if RANK == 0:
-                print(f"{run.out_dir} is at step {run.state.step} already: nothing to do")
+                print(
+                    f"{run.out_dir} is at step {run.state.step} already: nothing to do; a greater --max_steps goes on, "
+                    f"python plot.py {shlex.quote(str(run.out_dir))} draws it"
+                )
         elif settings.dry_run:
             dry_run(run, asked)
         else:
@@ -60,9 +69,10 @@ def train(run, asked):
     if state.step == 0:
         if not run.resumed:
             save(run, log)
-        if diagnoses:
-            log.diagnose()
-        evaluate(run, log)
+        with waiting(f"validating for the first time, on {len(run.windows)} windows"):
+            if diagnoses:
+                log.diagnose()
+            evaluate(run, log)
 
     to_stop = False
     while state.step < settings.max_steps and not to_stop:
@@ -101,18 +111,20 @@ def training_step(run, asked):
         with no_sync(run.model) if micro != run.micro_batches[-1] else nullcontext():
             with run.autocast():
                 loss = run.model(idx, targets) / len(run.micro_batches)  # gradients are then averaged over the processes
-            loss.backward()
+            run.scaler.scale(loss).backward()
         total += loss.detach()
     first = run.micro_batches[0]
     run.ahead[step + 1, first] = batch_of(run, step + 1, first)  # while the GPU still computes
+    run.scaler.unscale_(run.optimizer)
     grad_norm = whole(torch.nn.utils.clip_grad_norm_(weights, settings.grad_clip or math.inf)).item()
     loss, to_stop, to_save = summed([total.item() / WORLD, asked.stop, asked.save], run.device)
     asked.save = False
     if is_good(run, loss, grad_norm):
-        run.optimizer.step()
+        run.scaler.step(run.optimizer)
         with torch.no_grad():
             for weight, mean in zip(weights, run.ema or ()):
                 mean.lerp_(weight, 1 - settings.ema_decay)
+    run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
     state.step += 1
     state.tokens += run.tokens_per_step
@@ -121,16 +133,22 @@ def training_step(run, asked):
 
 def is_good(run, loss, grad_norm):
     """Whether to make a step's update. Updates the running mean of the losses and the counts of bad steps, and ends the run at one
-    bad step too many."""
+    bad step too many. A gradient that overflows because the loss is scaled makes no bad step: the scaler halves its scale."""
     settings, state = run.settings, run.state
     average = loss if state.loss_average is None else state.loss_average
+    scale = run.scaler.get_scale()  # 1 unless in float16
+    if scale > 1 and math.isfinite(loss) and not math.isfinite(grad_norm):
+        state.skipped += 1
+        return False
     if math.isfinite(loss + grad_norm) and not (settings.spike and loss > average + settings.spike):
         state.bad, state.loss_average = 0, MEMORY * average + (1 - MEMORY) * loss
         return True
     state.bad += 1
     state.skipped += 1
     if state.bad > settings.skip_limit:
-        fail(run, f"step {state.step + 1} is bad: loss {loss:.4g}, running mean {average:.4g}, norm of the gradient {grad_norm:.4g}")
+        scaled = f", scale of the loss {scale:g}" if run.scaler.is_enabled() else ""
+        what = f"loss {loss:.4g}, running mean {average:.4g}, norm of the gradient {grad_norm:.4g}{scaled}"
+        fail(run, f"step {state.step + 1} is bad: {what}")
     return False
 
 
@@ -179,24 +197,28 @@ def write_checkpoint(run, log, path, tensors):
         if file.exists():
             with open(file, "r+b") as opened:
                 os.fsync(opened.fileno())
-    run.state.elapsed_s = log.elapsed_s
+    run.state.elapsed_s, run.state.scaler = log.elapsed_s, run.scaler.state_dict()
     checkpoint.write(path, tensors, run.laplacian, run.raw_model.config, run.corpus.tokenizer.to_json(), run.state, run.settings)
 
 
 def fail(run, what):
     good = [] if only_looks(run.settings) else checkpoint.steps(run.out_dir)
-    raise SystemExit(
+    line = (
         f"train.py: {what}; "
         + (f"{good[0]} is the last good checkpoint; " if good else "")
         + f"try a learning_rate lower than {run.settings.learning_rate}, or a skip_limit above "
         f"{run.settings.skip_limit} (bad steps in a row that are left out)"
     )
+    if RANK == 0 and not only_looks(run.settings):
+        keep_line(run.out_dir, line)
+    raise SystemExit(line)
 
 
 def evaluate_only(run):
     """Print the validation loss of a trained model; with another Laplacian, also with tau measured on the energies of that one."""
     swapped = run.raw_model.config.attention == "tau" and "laplacian" in run.given
-    record = validation_record(run)
+    with waiting(f"validating on {len(run.windows)} windows"):
+        record = validation_record(run)
     if RANK == 0:
         print(shown(record) + (", with tau as it was" if swapped else ""))
     if swapped:
@@ -224,10 +246,11 @@ def dry_run(run, asked):
             ),
             flush=True,
         )
-    training_step(run, asked)
-    begin = time.perf_counter()
-    for _ in range(3):
+    with waiting("making four steps, to measure three"):
         training_step(run, asked)
+        begin = time.perf_counter()
+        for _ in range(3):
+            training_step(run, asked)
     seconds = (time.perf_counter() - begin) / 3
     if RANK == 0:
         left = settings.max_steps - (run.state.step - 4)
@@ -239,4 +262,4 @@ def dry_run(run, asked):
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.run(lambda: main(settings, given))

@@ -15,9 +15,9 @@ from ops.attention import tau_attention
 from train import train
 from training import optim, taumode
 from training.batches import step_batches, to_device, training_batch
-from training.config import Settings, read_settings
+from training.config import Settings, model_settings, read_settings
 from training.processes import Signals
-from training.start import domain_laplacian, model_settings, start
+from training.start import domain_laplacian, start
 
 CURVES = [
     ("naive", "float32", False),

@@ -1,7 +1,10 @@
 """The attention operator against SDPA, 256 to 65,536 tokens."""
 
+import functools
+import itertools
 import multiprocessing
 import statistics
+import sys
 import time
 from contextlib import ExitStack
 
@@ -14,16 +17,31 @@ from tqdm import tqdm
 from benchmarks.report import HEAD_SIZE, HEADS, TOKENS, place, write
 from common import peak_rss_mb, replacing
 from ops.attention import tau_attention
+from ops.dot import DOT_SCALE, dot_attention
 
 SDPA = {"sdpa": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+FORMS = {  # of tau attention, on a GPU: temperature, and whether with a forget gate and a bias per key
+    "published": (1.0, False),
+    "best": (0.02, True),  # a trained head of the best form
+    "recall": (0.004, True),  # a recall head at its start
+}
+OF_FORMS = (
+    "sdpa",
+    "cudnn",
+    "dot_gate",
+    "fla",
+    "triton",
+    "grid",
+)  # dot_gate: dot product with gate and bias; fla: flash-linear-attention's gate
 LONGEST = {
     "cpu": {"sdpa": 65536, "naive": 4096, "tree": 65536, "walk": 65536},  # beyond 4,096 dense weights no longer fit
-    "cuda": {"sdpa": 65536, "cudnn": 65536, "naive": 2048, "tree": 65536, "triton": 65536},
+    "cuda": {"sdpa": 65536, "cudnn": 65536, "naive": 2048, "tree": 65536, "triton": 65536, "grid": 65536},
 }
 
 
-def operator(impl, B, T, device):
+def operator(impl, B, T, device, form="published"):
     """(forward, forward and backward): functions without arguments, on random inputs; on a GPU q, k and v are bfloat16."""
+    temperature, terms = FORMS[form]
     generator = torch.Generator().manual_seed(0)
     q, k, v, grad = (
         torch.randn(4, B, HEADS, T, HEAD_SIZE, generator=generator)
@@ -31,14 +49,23 @@ def operator(impl, B, T, device):
         .unbind()
     )
     lambda_q, lambda_k = torch.rand(2, B, HEADS, T, generator=generator).to(device).unbind()
-    inputs = [q, k, v] if impl in SDPA else [lambda_q, lambda_k, v]
+    inputs = [lambda_q, lambda_k, v] if impl in ("naive", "tree", "walk", "triton", "grid") else [q, k, v]
+    if terms and impl not in SDPA:  # gates near their start, where head h forgets 2^(-8 h / H) a step
+        slopes = 2.0 ** (-8 * torch.arange(1, HEADS + 1) / HEADS)
+        log_decay = -2 * slopes[:, None] * torch.rand(B, HEADS, T, generator=generator)
+        inputs += [log_decay.to(device), torch.randn(B, HEADS, T, generator=generator).to(device)]
     inputs = [x.clone().requires_grad_() for x in inputs]
 
     def attend():
         if impl in SDPA:
             with sdpa_kernel(SDPA[impl]):
                 return F.scaled_dot_product_attention(*inputs, is_causal=True)
-        return tau_attention(*inputs, temperature=1.0, impl=impl)
+        if impl == "dot_gate":
+            return dot_attention(*inputs[:3], DOT_SCALE, *inputs[3:])
+        if impl == "fla":
+            q, k, v, log_decay = (x.transpose(1, 2) for x in inputs[:4])
+            return forgetting_attention()(q, k, v, log_decay).transpose(1, 2)
+        return tau_attention(*inputs[:3], temperature, *inputs[3:], impl=impl)
 
     def forward():
         attend()
@@ -49,6 +76,16 @@ def operator(impl, B, T, device):
             x.grad = None
 
     return forward, both
+
+
+@functools.cache
+def forgetting_attention():
+    """flash-linear-attention's kernel of the Forgetting Transformer (Lin et al. 2025), or None where the package is missing."""
+    try:
+        from fla.ops.forgetting_attn import parallel_forgetting_attn
+    except ImportError:
+        return None
+    return parallel_forgetting_attn
 
 
 calls = None  # (forward, forward and backward) of the operator that this process measures
@@ -94,19 +131,24 @@ def cuda_seconds(call):
 
 
 def bench_attention_cuda(args):
-    rows = []
-    for T in (256 * 2**i for i in range(9) if 256 * 2**i <= args.longest):
+    rows, lengths = [], [256 * 2**i for i in range(9) if 256 * 2**i <= args.longest]
+    if forgetting_attention() is None:
+        print("flash-linear-attention is not installed: its forgetting attention is left out", file=sys.stderr)
+    for form, T in itertools.product(FORMS, lengths):
         B = max(1, TOKENS["cuda"] // T)
         calls, memory = {}, {}
-        for impl in (impl for impl, longest in LONGEST["cuda"].items() if T <= longest):
-            calls[impl] = operator(impl, B, T, "cuda")
+        contenders = [impl for impl, longest in LONGEST["cuda"].items() if T <= longest]
+        if form != "published":
+            contenders = [impl for impl in OF_FORMS if impl != "fla" or forgetting_attention()]
+        for impl in contenders:
+            calls[impl] = operator(impl, B, T, "cuda", form)
             calls[impl][1]()  # tunes the tiles
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             calls[impl][1]()
             memory[impl] = (torch.cuda.max_memory_allocated() - before) / 2**20
         measured = {impl: ([], []) for impl in calls}
-        for _ in tqdm(range(args.repeats + 1), desc=f"T = {T}", disable=None):  # the first is a warm-up
+        for _ in tqdm(range(args.repeats + 1), desc=f"{form}, T = {T}", disable=None):  # the first is a warm-up
             for impl, both in calls.items():
                 for call, times in zip(both, measured[impl]):
                     times.append(cuda_seconds(call))
@@ -114,6 +156,7 @@ def bench_attention_cuda(args):
             (forward, gpu_forward), (both, gpu_both) = (1e3 * np.median(runs[1:], 0) for runs in times)
             rows.append(
                 {
+                    "form": form,
                     "impl": impl,
                     "B": B,
                     "T": T,
@@ -125,15 +168,25 @@ def bench_attention_cuda(args):
                     "memory_mb": memory[impl],
                 }
             )
-    for key in ("forward_backward_ms", "gpu_forward_backward_ms"):
-        for row in rows:
-            (sdpa,) = (other[key] for other in rows if other["impl"] == "sdpa" and other["T"] == row["T"])
-            row[("gpu_" if key.startswith("gpu") else "") + "times_as_fast_as_sdpa"] = sdpa / row[key]
-    write("attention_cuda", rows, args)
+        write("attention_cuda", with_ratios(rows), args)  # as it goes: the machine may be there for minutes
     draw(
-        [row | {"forward_ms": row["gpu_forward_ms"], "forward_backward_ms": row["gpu_forward_backward_ms"]} for row in rows],
+        [
+            row | {"forward_ms": row["gpu_forward_ms"], "forward_backward_ms": row["gpu_forward_backward_ms"]}
+            for row in rows
+            if row["form"] == "published"
+        ],
         "attention_cuda",
     )
+
+
+def with_ratios(rows):
+    """The rows with their speed, forward and backward, to flash SDPA's, and to the better of flash and cuDNN."""
+    for row in rows:
+        same = {other["impl"]: other for other in rows if (other["form"], other["T"]) == (row["form"], row["T"])}
+        for key, name in (("forward_backward_ms", "times_as_fast_as"), ("gpu_forward_backward_ms", "gpu_times_as_fast_as")):
+            row[f"{name}_sdpa"] = same["sdpa"][key] / row[key]
+            row[f"{name}_better"] = min(same[impl][key] for impl in SDPA if impl in same) / row[key]
+    return rows
 
 
 def bench_attention(args):

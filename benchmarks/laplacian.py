@@ -11,7 +11,7 @@ import numpy as np
 
 import build_laplacian
 from benchmarks.report import WIDTH, in_own_process, resident_mb, write
-from build_laplacian import NpyEmbeddings
+from data.embeddings import all_rows, opened
 from data.laplacian import load_laplacian
 from studies.energy import energies
 
@@ -58,7 +58,7 @@ def bench_laplacian(args):
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         files = {count: Path(folder) / f"{count}.npy" for count in EMBEDDED}
-        source = np.load(NpyEmbeddings(Path(args.embeddings)).path) if args.embeddings else None
+        source = all_rows(opened(Path(args.embeddings))) if args.embeddings else None
         for count, path in files.items():
             generator = np.random.default_rng(0)
             mixing = generator.standard_normal((WIDTH, WIDTH)).astype(np.float32)

@@ -1,9 +1,10 @@
-"""A whole training step of the 30M model, of its dot-product twin and of nanoGPT's."""
+"""A whole training step of the 30M model, as published and in its best form, of its dot-product twin and of nanoGPT's."""
 
 import statistics
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -11,15 +12,20 @@ from tqdm import tqdm
 
 from benchmarks.report import HEADS, LAYERS, TOKENS, VOCABULARY, WIDTH, in_own_process, write
 from build_laplacian import random_distances
-from common import UserError
+from common import ROOT, UserError
 from data.laplacian import laplacian_of
-from model import ModelConfig, Tauformer
+from model import ModelConfig, ModelSettings, Tauformer
 from training import optim
+from training.config import read_settings
 from training.memory import peak_mem_mb
+
+CONFIGS = {"tau": "tau_30m.toml", "tau_best": "tau_30m_best.toml", "dot": "dot_30m.toml"}
+PEAK = 989e12  # operations a second of an H100 or H200 in bfloat16, without sparsity
 
 
 def train_step(contender, nanogpt, B, T, steps, compile, threads, device):
-    """(seconds of a training step, median; peak memory in MB) of a 30M model, in a fresh process; on a GPU in bfloat16."""
+    """(seconds of a training step, median; peak memory in MB; weights in matrix products) of a 30M model, in a fresh process; on a GPU
+    in bfloat16."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     if contender == "nanogpt":
@@ -30,10 +36,9 @@ def train_step(contender, nanogpt, B, T, steps, compile, threads, device):
         model = GPT(GPTConfig(block_size=T, vocab_size=VOCABULARY, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH, dropout=0.0, bias=False))
         loss_of = lambda model, idx, targets: model(idx, targets)[1]
     else:
-        model = Tauformer(
-            ModelConfig(block_size=T, vocab_size=VOCABULARY, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH, attention=contender),
-            torch.from_numpy(laplacian_of(random_distances(WIDTH, seed=0))),
-        )
+        settings = read_settings(ROOT / "configs" / CONFIGS[contender])
+        config = ModelConfig(**{f.name: settings[f.name] for f in fields(ModelSettings) if f.name in settings} | {"block_size": T})
+        model = Tauformer(config, torch.from_numpy(laplacian_of(random_distances(WIDTH, seed=0))))
         loss_of = lambda model, idx, targets: model(idx, targets)
     model.to(device)
     optimizer = optim.adamw(model, 1e-4, (0.9, 0.95), weight_decay=0.1)
@@ -53,11 +58,13 @@ def train_step(contender, nanogpt, B, T, steps, compile, threads, device):
         if device == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begin)
-    return statistics.median(times[1:]), peak_mem_mb(torch.device(device))
+    looked_up = model.transformer.wpe.weight if contender == "nanogpt" else model.embedding.weight  # nanoGPT's head is its embedding
+    products = sum(weight.numel() for weight in model.parameters() if weight.ndim == 2 and weight is not looked_up)
+    return statistics.median(times[1:]), peak_mem_mb(torch.device(device)), products
 
 
 def bench_train_step(args):
-    contenders = ["tau", "dot"] + (["nanogpt"] if args.nanogpt else [])
+    contenders = [*CONFIGS, *(["nanogpt"] if args.nanogpt else [])]
     if args.nanogpt and not (Path(args.nanogpt) / "model.py").exists():
         raise UserError(f"--nanogpt={args.nanogpt}: there is no model.py; give a checkout of nanoGPT")
     rows = []
@@ -72,21 +79,22 @@ def bench_train_step(args):
                     )
                 )
         for contender, results in measured.items():
-            seconds, memory = (statistics.median(column) for column in zip(*results))
-            rows.append(
-                {
-                    "model": contender,
-                    "B": B,
-                    "T": T,
-                    "compile": args.compile,
-                    "step_s": seconds,
-                    "tokens_per_s": B * T / seconds,
-                    "memory_mb": memory,
-                    "runs": len(results),
-                }
-            )
-    base = {row["T"]: row for row in rows if row["model"] == contenders[-1]}
-    for row in rows:
-        row[f"speed_to_{contenders[-1]}"] = row["tokens_per_s"] / base[row["T"]]["tokens_per_s"]
-        row[f"memory_to_{contenders[-1]}"] = row["memory_mb"] / base[row["T"]]["memory_mb"]
-    write("train_step" + ("_cuda" if args.device == "cuda" else "") + ("_compiled" if args.compile else ""), rows, args)
+            seconds, memory, products = (statistics.median(column) for column in zip(*results))
+            row = {
+                "model": contender,
+                "B": B,
+                "T": T,
+                "compile": args.compile,
+                "step_s": seconds,
+                "tokens_per_s": B * T / seconds,
+                "memory_mb": memory,
+                "runs": len(results),
+            }
+            if args.device == "cuda":
+                row["mfu"] = 6 * products * B * T / seconds / PEAK  # of matrix products alone, without attention
+            rows.append(row)
+        base = {row["T"]: row for row in rows if row["model"] == contenders[-1]}
+        for row in rows:
+            row[f"speed_to_{contenders[-1]}"] = row["tokens_per_s"] / base[row["T"]]["tokens_per_s"]
+            row[f"memory_to_{contenders[-1]}"] = row["memory_mb"] / base[row["T"]]["memory_mb"]
+        write("train_step" + ("_cuda" if args.device == "cuda" else "") + ("_compiled" if args.compile else ""), rows, args)

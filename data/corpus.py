@@ -1,16 +1,10 @@
 """A prepared corpus is a folder: train.bin and val.bin hold token numbers (uint16, or uint32 past 65,536 tokens),
 tokenizer.json turns them back into text, and meta.json says what they are. prepare() writes it, Corpus reads it."""
 
-import builtins
-import bz2
-import gzip
 import hashlib
-import io
 import json
-import lzma
 import math
-import os
-import zlib
+import re
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -20,12 +14,12 @@ from tqdm import tqdm
 from common import Parser, UserError, output_folder, refuse_existing, replacing
 from data import checkpoint_file
 from data import tokenizer as tokenizers
+from data.sources import SKIPPED, read_jsonl
 
 FILES = ("meta.json", "tokenizer.json", "train.bin", "val.bin")
-COMPRESSED = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ\0": lzma}
-ZSTD = b"\x28\xb5\x2f\xfd"
 BATCH_BYTES = 1 << 22  # characters of text tokenised at a time
-SKIPPED = 1000  # broken records that --skip_bad leaves out
+SEAM = re.compile(r"(?<=\S)(?= \S)|(?<=\S\n)(?=\S)")  # where a text may be cut: the patterns of BPE have no token across it
+SEAM_SOUGHT = 10_000  # characters before that size in which a seam is looked for
 COUNT_TOKENS = 1 << 24  # tokens counted at a time
 BASELINE_TOKENS = 10_000_000  # validation tokens on which the baselines are measured, at most
 
@@ -37,8 +31,8 @@ def parser(description, out_dir):
     options.add_argument(
         "--tokenizer",
         default="bpe",
-        help="bpe: trained on this corpus (default); char; a name of tiktoken's, such as gpt2; "
-        "or that of another corpus's folder, or of an output folder or a checkpoint of train.py",
+        help="bpe: trained on this corpus; char; a name of tiktoken's, such as gpt2; or that of another corpus's folder, "
+        "or of an output folder or a checkpoint of train.py (default: %(default)s)",
     )
     options.add_argument("--vocab_size", type=int, default=30522, help="of a bpe, the end token counted (default: %(default)s)")
     options.add_argument(
@@ -53,29 +47,14 @@ def parser(description, out_dir):
     return options
 
 
-class LeftOut:
-    """What is not taken of a source, counted by its reason, each file or record once, however often the source is read."""
-
-    def __init__(self, skip_bad=False):
-        self.skip_bad, self.names = skip_bad, {}
-
-    def __call__(self, reason, name):
-        self.names.setdefault(reason, set()).add(name)
-
-    def bad(self, name, error):
-        """A broken record. Raises UserError, unless such are to be left out and there are not too many."""
-        if not self.skip_bad:
-            raise UserError(f"{name}: {error} (--skip_bad leaves such records out)")
-        self("broken", name)
-        if len(self.names["broken"]) > SKIPPED:
-            raise UserError(f"{name}: {error}; these are more than {SKIPPED:,} broken records")
-
-    def report(self):
-        counts = [
-            f"{len(names):,} {reason}" + (f" (such as {min(names)})" if reason == "broken" else "") for reason, names in self.names.items()
-        ]
-        if counts:
-            print("left out: " + ", ".join(counts))
+def check(args):
+    """Raise UserError for options that prepare() cannot take, or a corpus that may not be replaced."""
+    if not 0 < args.val_fraction < 1:
+        raise UserError(f"--val_fraction={args.val_fraction} must be between 0 and 1")
+    if args.tokenizer == "bpe" and not 257 <= args.vocab_size < 2**24:
+        raise UserError(f"--vocab_size={args.vocab_size} must be 257 (256 bytes and the end token) to {2**24 - 1}")
+    for name in FILES:
+        refuse_existing(args.out_dir / name, args.overwrite)
 
 
 def prepare(texts, source, args, one_document=False):
@@ -83,18 +62,13 @@ def prepare(texts, source, args, one_document=False):
 
     texts: a function that starts a new iterator over the documents, each a str; it is called three times at most.
     source: where they come from, for meta.json.
-    one_document: the corpus is one running text: no end token, and its last val_fraction is for validation. Otherwise
-    the hash of a document's text decides whether it is for validation, wherever it stands; the one with the lowest hash
-    always is.
+    one_document: the corpus is one running text, whose pieces `texts` gives (it is called five times at most then): no end token, and
+    its last val_fraction is for validation. Otherwise the hash of a document's text decides whether it is for validation, wherever
+    it stands; the one with the lowest hash always is.
 
     Raises UserError for an empty corpus or a bad option. Memory does not grow with the corpus.
     """
-    if not 0 < args.val_fraction < 1:
-        raise UserError(f"--val_fraction={args.val_fraction} must be between 0 and 1")
-    if args.tokenizer == "bpe" and not 257 <= args.vocab_size < 2**24:
-        raise UserError(f"--vocab_size={args.vocab_size} must be 257 (256 bytes and the end token) to {2**24 - 1}")
-    for name in FILES:
-        refuse_existing(args.out_dir / name, args.overwrite)
+    check(args)
     with output_folder(args.out_dir):
         _prepare(texts, source, args, one_document)
 
@@ -109,6 +83,67 @@ def prepare_records(records, source, args):
         prepare(lambda: read_jsonl([file]), source, args)
 
 
+def prepare_tokens(folder, tokenizer, source, args):
+    """Make a corpus of a folder's train.bin and val.bin, tokens in uint16 as nanoGPT writes them; split and tokens stay as they are.
+    Raises UserError for what is not whole, and for tokens that the tokenizer does not have."""
+    try:
+        bins = {split: np.memmap(folder / f"{split}.bin", np.uint16, "r") for split in ("train", "val")}
+    except ValueError as error:  # an empty file, or half a token
+        raise UserError(f"{folder}: train.bin and val.bin are not whole files of uint16: {error}") from None
+    sha256, val_fraction = hashlib.sha256(), len(bins["val"]) / (len(bins["train"]) + len(bins["val"]))
+    sizes = [len(tokenizer.decode_bytes([token])) if token != tokenizer.end_token else 0 for token in range(tokenizer.vocab_size)]
+    with output_folder(args.out_dir), _writing(source, tokenizer, val_fraction, args) as (files, meta):
+        for split, tokens in bins.items():
+            for start in tqdm(range(0, len(tokens), COUNT_TOKENS), desc=f"copying {split}.bin", disable=None):
+                part = np.asarray(tokens[start : start + COUNT_TOKENS])
+                if part.max() >= tokenizer.vocab_size:
+                    raise UserError(f"{folder}: {split}.bin holds token {part.max()}, past the {tokenizer.vocab_size} of its vocabulary")
+                files[split].write(data := part.tobytes())
+                sha256.update(data)
+                meta[split]["documents"] += int((part == tokenizer.end_token).sum())
+                meta[split]["tokens"] += len(part)
+                meta[split]["bytes"] += int(np.take(sizes, part).sum())
+            meta[split]["documents"] += int(tokens[-1] != tokenizer.end_token)
+        meta["sha256"] = sha256.hexdigest()
+
+
+@contextmanager
+def _writing(source, tokenizer, val_fraction, args):
+    """Yield (files, meta) to write a corpus with: its train.bin and val.bin, opened, and the fields of meta.json, whose sha256 and
+    counts the block fills in. If it ends well these become the corpus, and its numbers are printed."""
+    dtype = np.dtype("uint16" if tokenizer.vocab_size <= 65536 else "uint32")
+    meta = {
+        "source": str(source),
+        "sha256": None,
+        "tokenizer": tokenizer.kind,
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": dtype.name,
+        "val_fraction": val_fraction,
+        "train": {"documents": 0, "tokens": 0, "bytes": 0},
+        "val": {"documents": 0, "tokens": 0, "bytes": 0},
+    }
+    with ExitStack() as stack:  # left in reverse order: meta.json is renamed last, so it vouches for the rest
+        paths = {name: stack.enter_context(replacing(args.out_dir / name)) for name in FILES}
+        files = {split: stack.enter_context(open(paths[f"{split}.bin"], "wb")) for split in ("train", "val")}
+        yield files, meta
+        for split, file in files.items():
+            file.flush()
+            if meta[split]["tokens"] < 2:
+                raise UserError(f"{source}: the {split} split is empty: the corpus is too small for --val_fraction={val_fraction}")
+        bins = [np.memmap(paths[f"{split}.bin"], dtype, "r") for split in files]
+        meta["unigram_loss"], meta["bigram_loss"] = unigram_and_bigram_loss(*bins, tokenizer.vocab_size)
+        paths["tokenizer.json"].write_text(json.dumps(tokenizer.to_json()))
+        paths["meta.json"].write_text(json.dumps(meta, indent=1) + "\n")
+    for split in files:
+        count = meta[split]
+        print(
+            f"{args.out_dir / split}.bin: {count['documents']:,} documents, {count['tokens']:,} tokens, "
+            f"{count['bytes'] / count['tokens']:.2f} bytes a token"
+        )
+    print(f"vocabulary: {tokenizer.vocab_size:,} ({tokenizer.kind})")
+    print(f"validation loss to beat, nats a token: unigram {meta['unigram_loss']:.3f}, bigram {meta['bigram_loss']:.3f}")
+
+
 def survey(texts):
     """(sha256 of a corpus, as in meta.json; number of its documents; the lowest of their hashes) from an iterator over them."""
     sha256, documents, lowest = hashlib.sha256(), 0, 2**64
@@ -120,82 +155,89 @@ def survey(texts):
     return sha256.hexdigest(), documents, lowest
 
 
+def _measure(pieces):
+    """(sha256 of a corpus that is one running text, as in meta.json; its number of characters, 0 if there is nothing but white space)."""
+    digest, characters, blank = hashlib.sha256(), 0, True
+    for piece in tqdm(pieces, desc="reading", unit=" pieces", disable=None):
+        digest.update(piece.encode())
+        characters += len(piece)
+        blank = blank and (not piece or piece.isspace())
+    return hashlib.sha256(digest.digest()).hexdigest(), 0 if blank else characters
+
+
+def _between(pieces, begin, end):
+    """Yield the characters begin ... end - 1 of a text from an iterator over its pieces, in pieces of about BATCH_BYTES that end where
+    tokens do."""
+    place, held = 0, ""
+    for piece in pieces:
+        held += piece[max(0, begin - place) : max(0, end - place)]
+        place += len(piece)
+        while len(held) > BATCH_BYTES:
+            seams = [seam.start() for seam in SEAM.finditer(held, BATCH_BYTES - SEAM_SOUGHT, BATCH_BYTES)]
+            cut = seams[-1] if seams else BATCH_BYTES
+            yield held[:cut]
+            held = held[cut:]
+        if place >= end:
+            break
+    yield held
+
+
+def named_tokenizer(name):
+    """That of a corpus's folder, of an output folder or a checkpoint of train.py, or one of tiktoken's. Raises UserError."""
+    if (Path(name) / "tokenizer.json").exists():
+        return Corpus(name).tokenizer
+    if Path(name).exists():
+        return tokenizers.from_json(checkpoint_file.read(checkpoint_file.find(name))[1]["tokenizer"])
+    return tokenizers.BPE.named(name)
+
+
+def _tokenizer(pieces, args, one_document):
+    """The tokenizer that the options ask for, trained on an iterator over (split, text) where it is the corpus's own."""
+    if args.tokenizer == "bpe":
+        training_texts = (text for split, text in pieces if split == "train")
+        return tokenizers.BPE.train(tqdm(training_texts, desc="training the tokenizer", unit=" documents", disable=None), args.vocab_size)
+    if args.tokenizer == "char":
+        return tokenizers.Characters.train((text for _, text in pieces), end_token=not one_document)
+    tokenizer = named_tokenizer(args.tokenizer)
+    if tokenizer.end_token is None and not one_document:
+        raise UserError(f"--tokenizer={args.tokenizer} is that of one running text: it has no token for the end of a document")
+    return tokenizer
+
+
 def _prepare(texts, source, args, one_document):
-    sha256, documents, lowest = survey(texts())
-    if documents == 0:
+    sha256, size, lowest = (*_measure(texts()), None) if one_document else survey(texts())  # size: of characters or of documents
+    if size == 0:
         raise UserError(f"{source}: no documents: the corpus is empty")
-    if documents == 1 and not one_document:
+    if size == 1 and not one_document:
         raise UserError(f"{source}: one document only: two at least are needed, one of them for validation")
-    highest_val = max(int(args.val_fraction * 2**64), lowest + 1)
 
     def pieces():
+        if one_document:
+            cut = int(size * (1 - args.val_fraction))
+            for split, begin, end in (("train", 0, cut), ("val", cut, size)):
+                yield from ((split, text) for text in _between(texts(), begin, end))
+            return
+        highest_val = max(int(args.val_fraction * 2**64), lowest + 1)
         for text in texts():
-            if one_document:
-                cut = int(len(text) * (1 - args.val_fraction))
-                yield "train", text[:cut]
-                yield "val", text[cut:]
-            else:
-                yield "val" if _number(hashlib.sha256(text.encode())) < highest_val else "train", text
+            yield "val" if _number(hashlib.sha256(text.encode())) < highest_val else "train", text
 
-    training_texts = (text for split, text in pieces() if split == "train")
-    if args.tokenizer == "bpe":
-        tokenizer = tokenizers.BPE.train(
-            tqdm(training_texts, desc="training the tokenizer", unit=" documents", disable=None), args.vocab_size
-        )
-    elif args.tokenizer == "char":
-        tokenizer = tokenizers.Characters.train((text for _, text in pieces()), end_token=not one_document)
-    elif (Path(args.tokenizer) / "tokenizer.json").exists():
-        tokenizer = Corpus(args.tokenizer).tokenizer
-    elif Path(args.tokenizer).exists():
-        tokenizer = tokenizers.from_json(checkpoint_file.read(checkpoint_file.find(args.tokenizer))[1]["tokenizer"])
-    else:
-        tokenizer = tokenizers.BPE.named(args.tokenizer)
-
-    dtype = np.dtype("uint16" if tokenizer.vocab_size <= 65536 else "uint32")
-    counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in ("train", "val")}
+    tokenizer = _tokenizer(pieces(), args, one_document)
     end = [] if one_document else [tokenizer.end_token]
-    with ExitStack() as stack:  # left in reverse order: meta.json is renamed last, so it vouches for the rest
-        paths = {name: stack.enter_context(replacing(args.out_dir / name)) for name in FILES}
-        files = {split: stack.enter_context(open(paths[f"{split}.bin"], "wb")) for split in counts}
-        progress = stack.enter_context(tqdm(total=documents, desc="tokenising", unit=" documents", disable=None))
+    total, unit = (None, " pieces") if one_document else (size, " documents")
+    with (
+        _writing(source, tokenizer, args.val_fraction, args) as (files, meta),
+        tqdm(total=total, desc="tokenising", unit=unit, disable=None) as progress,
+    ):
+        meta["sha256"] = sha256
         for batch in _batches(pieces()):
             for (split, text), tokens in zip(batch, tokenizer.encode_batch([text for _, text in batch])):
-                np.array(tokens + end, dtype).tofile(files[split])
-                counts[split]["documents"] += 1
-                counts[split]["tokens"] += len(tokens) + len(end)
-                counts[split]["bytes"] += len(text.encode())
+                files[split].write(np.array(tokens + end, meta["dtype"]).tobytes())
+                meta[split]["documents"] += 1
+                meta[split]["tokens"] += len(tokens) + len(end)
+                meta[split]["bytes"] += len(text.encode())
             progress.update(len(batch))
-        for split, file in files.items():
-            file.flush()
-            if counts[split]["tokens"] < 2:
-                raise UserError(f"{source}: the {split} split is empty: the corpus is too small for --val_fraction={args.val_fraction}")
-        baselines = unigram_and_bigram_loss(*(np.memmap(paths[f"{split}.bin"], dtype, "r") for split in counts), tokenizer.vocab_size)
-        paths["tokenizer.json"].write_text(json.dumps(tokenizer.to_json()))
-        paths["meta.json"].write_text(
-            json.dumps(
-                {
-                    "source": str(source),
-                    "sha256": sha256,
-                    "tokenizer": tokenizer.kind,
-                    "vocab_size": tokenizer.vocab_size,
-                    "dtype": dtype.name,
-                    "val_fraction": args.val_fraction,
-                    **counts,
-                    "unigram_loss": baselines[0],
-                    "bigram_loss": baselines[1],
-                },
-                indent=1,
-            )
-            + "\n"
-        )
-
-    for split, count in counts.items():
-        print(
-            f"{args.out_dir / split}.bin: {count['documents']:,} documents, {count['tokens']:,} tokens, "
-            f"{count['bytes'] / count['tokens']:.2f} bytes a token"
-        )
-    print(f"vocabulary: {tokenizer.vocab_size:,} ({tokenizer.kind})")
-    print(f"validation loss to beat, nats a token: unigram {baselines[0]:.3f}, bigram {baselines[1]:.3f}")
+        if one_document:
+            meta["train"]["documents"] = meta["val"]["documents"] = 1
 
 
 def _number(digest):
@@ -256,7 +298,7 @@ class Corpus:
             )
         except FileNotFoundError as error:
             name = self.folder.name
-            name = name if (Path(__file__).parent / name / "prepare.py").exists() else "jsonl"
+            name = name if (Path(__file__).parent / name / "prepare.py").exists() else "text"
             raise UserError(
                 f"no corpus in {self.folder} ({Path(error.filename).name} is missing): make it with "
                 f"`python data/{name}/prepare.py --out_dir={self.folder}` (--help)"
@@ -300,74 +342,3 @@ class Corpus:
     def bits_per_byte(self, loss):
         """Bits per byte of a validation loss in nats per token."""
         return loss / math.log(2) * self.meta["val"]["tokens"] / self.meta["val"]["bytes"]
-
-
-def record_text(record):
-    """The document of a record {"text": "..."} or {"text": [id, title, body]}: its parts, one per line.
-    Raises ValueError for anything else."""
-    text = record["text"] if isinstance(record, dict) and "text" in record else None
-    if isinstance(text, list) and all(isinstance(part, str) for part in text):
-        text = "\n".join(text)
-    if not isinstance(text, str):
-        raise ValueError('a record is {"text": "..."} or {"text": [id, title, body]}')
-    return text.encode("utf-8", "replace").decode().strip()
-
-
-@contextmanager
-def opened(path):
-    """Yield a file to read bytes from; one that is compressed (gzip, bzip2, xz, zstd), by its first bytes, is decompressed. Raises
-    UserError if `path` is no regular file, since it is read more than once, and inside the block for damaged compressed data."""
-    if not Path(path).is_file():
-        raise UserError(f"{path} is not a file" if Path(path).exists() else f"{path} does not exist")
-    with open(path, "rb") as file:
-        start = file.read(6)
-    if start.startswith(ZSTD):
-        import pyarrow
-
-        file = io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-    else:
-        module = next((module for magic, module in COMPRESSED.items() if start.startswith(magic)), builtins)
-        file = module.open(path, "rb")
-    try:
-        with file:
-            yield file
-    except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
-        if getattr(error, "errno", None) is not None:  # an error of the system's
-            raise
-        raise UserError(f"{path} is damaged: {error}") from None
-
-
-def read_jsonl(paths, left_out=None):
-    """Yield the documents of JSONL files, compressed or not; empty ones are left out. Raises UserError with file and line for a
-    broken record, unless left_out takes it, and for what opened() cannot read."""
-    for path in paths:
-        with opened(path) as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    text = record_text(json.loads(line))
-                except (ValueError, RecursionError) as error:  # broken JSON or UTF-8 too
-                    (left_out or LeftOut()).bad(f"{path}, line {number}", error)
-                    continue
-                if text:
-                    yield text
-
-
-def read_text(path):
-    """The text of a UTF-8 file. Raises UserError if it is not one."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from None
-
-
-def hub_dataset(name, revision):
-    """The splits of a data set of the Hugging Face hub, through its cache. Raises UserError if it cannot be loaded."""
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are not the user's concern
-    import datasets
-
-    try:
-        return datasets.load_dataset(name, revision=revision)
-    except Exception as error:  # the library has no common base for "no network" and "no such data set"
-        raise UserError(f"data set {name!r} could not be loaded ({type(error).__name__}): give a local FILE") from None

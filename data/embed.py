@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import Parser, UserError, refuse_existing, replacing, run
+from common import Parser, UserError, refuse_existing, replacing, run, waiting
 from data.corpus import Corpus
 
 
@@ -153,7 +153,8 @@ def main():
 
     texts = islice(corpus.documents("train"), args.documents)
     if args.model == "lsa":
-        embeddings, words, idf, vectors = lsa(texts, args.dim or 384, args.seed)
+        with waiting("counting words and reducing them to features, seconds to minutes"):
+            embeddings, words, idf, vectors = lsa(texts, args.dim or 384, args.seed)
         tokens = lsa_token_embeddings(corpus.tokenizer, words, idf, vectors)
         write("lsa.npz", np.savez, words=words, idf=idf, vectors=vectors)
     else:

@@ -8,6 +8,7 @@ import pyarrow
 import pyarrow.parquet
 
 from common import UserError, replacing
+from data.embeddings import first_bytes_say, types_of
 
 MOST_FEATURES = 16384  # a dense float64 matrix of that size takes 2 GiB
 COLUMNS = {
@@ -72,19 +73,28 @@ def save_laplacian(path, L, settings):
 def load_laplacian(path):
     """The dense Laplacian (F, F) float64 of a parquet file written by save_laplacian or by the author's tool.
     Raises FileNotFoundError, or UserError if the file is damaged or its matrix is not the Laplacian of a connected graph."""
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder: name the Laplacian's file in it")
     try:
-        table = pyarrow.parquet.read_table(path)
+        with pyarrow.parquet.ParquetFile(path) as file:
+            table = file.read()
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist") from None
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a whole parquet file ({error}): build it again") from None
-    missing = [name for name in COLUMNS if name not in table.column_names]
+        what = first_bytes_say(path)
+        raise UserError(f"{path} is not a whole parquet file ({error if what in (None, '.parquet') else f'it is {what}'})") from None
+    types = types_of(path, table.schema)
+    missing = [name for name in COLUMNS if name not in types]
     if missing:
         raise UserError(f"{path} is not a Laplacian file: it has no column {', '.join(missing)}")
     try:
         columns = {name: table[name].cast(COLUMNS[name]).to_numpy() for name in COLUMNS if name != "name_id"}
     except pyarrow.ArrowException as error:
         raise UserError(f"{path} is not a Laplacian file ({error})") from None
+    for name in columns:
+        if table[name].null_count:
+            at = table[name].is_null().to_numpy().argmax()
+            raise UserError(f"{path} is damaged: in row {at} its column {name} holds a null: build it again")
     row, col, value = columns["row"], columns["col"], columns["value"]
     for name in ("n_rows", "n_cols", "nnz"):
         if len(row) == 0 or (columns[name] != columns[name][0]).any():
@@ -96,10 +106,17 @@ def load_laplacian(path):
         raise UserError(f"{path} is damaged: {len(row)} entries, not the {nnz} it announces: build it again")
     if not 0 < F <= MOST_FEATURES:
         raise UserError(f"{path} announces {F} features; 1 to {MOST_FEATURES} are possible")
-    if max(row.max(), col.max()) >= F:
-        raise UserError(f"{path} is damaged: it has an entry at ({row.max()}, {col.max()}), past its {F} rows")
-    if len(np.unique(row * np.uint64(F) + col)) != len(row):
-        raise UserError(f"{path} is damaged: it has an entry twice: build it again")
+    for name in ("row", "col"):
+        if columns[name].max() >= F:
+            at = columns[name].argmax()
+            raise UserError(f"{path} is damaged: in row {at} it has an entry at ({row[at]}, {col[at]}), past its {F} rows: build it again")
+    if not np.isfinite(value).all():
+        at = np.isfinite(value).argmin()
+        raise UserError(f"{path} is damaged: in row {at} its entry at ({row[at]}, {col[at]}) is NaN or infinity: build it again")
+    entries, first = np.unique(row * np.uint64(F) + col, return_index=True)
+    if len(entries) != len(row):
+        at = np.setdiff1d(np.arange(len(row)), first)[0]
+        raise UserError(f"{path} is damaged: in row {at} it has the entry at ({row[at]}, {col[at]}) twice: build it again")
     L = np.zeros((F, F))
     L[row, col] = value
     check_laplacian(L, path)

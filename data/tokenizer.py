@@ -65,7 +65,8 @@ class BPE:
             encoding = tiktoken.get_encoding(name)
         except Exception as error:
             raise UserError(
-                f"tokenizer {name!r} could not be downloaded ({type(error).__name__}): use --tokenizer=bpe, which needs no network"
+                f"tokenizer {name!r} could not be downloaded ({type(error).__name__}): --tokenizer=bpe needs no network, "
+                f"nor does the folder of a corpus or of a run that has {name}"
             ) from None
         tokens = [None] * (max(encoding._mergeable_ranks.values()) + 1)
         for token, rank in encoding._mergeable_ranks.items():

@@ -15,8 +15,9 @@ import torch
 
 from common import UserError, first_line
 from data import checkpoint_file
+from decoding.stream import stream
 from model import energy
-from ops.attention import compiled
+from ops.attention import compiled, finest
 from ops.fused import ENERGY_EPS
 
 SEGMENT, BLOCK = 128, 16  # as in decode.cpp
@@ -168,7 +169,7 @@ def segments(length):
     return found
 
 
-class StreamCache(CompiledCache):
+class StreamCache(Cache):
     """A cache for any number of tokens: a token's memory and time do not depend on how many came before it.
 
     [0, 1) is cut into bins, BINS per temperature of a head, as long as the states of all layers take at most STATE_BYTES for a
@@ -180,8 +181,12 @@ class StreamCache(CompiledCache):
 
     BINS, STATE_BYTES = 16, 8e6
 
-    def __init__(self, config):
+    def __init__(self, config, device="cpu"):
+        """On a CPU by decode.cpp, where it could be compiled; otherwise by stream.py, which computes the same with the same state."""
         super().__init__(config)
+        self.step = stream
+        if torch.device(device).type == "cpu" and not not_compiled():
+            self.step, self.energy = decode().stream, CompiledCache.energy
         self.size = math.inf
         self.width = 0.0  # the greatest h of any head
         self.pending = []  # the last token, if any, which is not stored yet: it goes in front of the next ones
@@ -206,26 +211,27 @@ class StreamCache(CompiledCache):
 
     def attend(self, layer, operator):
         def attend(lambda_q, lambda_k, v, temperature, log_decay, key_bias):
-            for x in (lambda_q, lambda_k):
+            B, H, T = lambda_q.shape
+            for x in (lambda_q, lambda_k) if T > 1 or v.device.type == "cpu" else ():  # a GPU would wait for the answer at each token
                 least, greatest = (bound.item() for bound in torch.aminmax(x))
                 if not 0 <= least <= greatest <= 1:  # NaN too; in float32 lambda may round to 1
                     raise UserError(
                         f"cache 'stream' needs lambdas from 0 to 1; layer {layer} has {least:.4g} to {greatest:.4g}: use 'exact'"
                     )
-            B, H, T = lambda_q.shape
-            Hkv, D = v.size(1), v.size(3)
-            temperature = torch.as_tensor(temperature, dtype=torch.float64).expand(H).contiguous()
+            Hkv, D, fine = v.size(1), v.size(3), finest(v.device)
+            temperature = torch.as_tensor(temperature, dtype=fine, device=v.device).expand(H).contiguous()
             if (layer, "first") not in self.kept:
-                first = self.kept[layer, "first"] = self.bins(temperature, D)
+                first = self.bins(temperature.cpu().double(), D)
+                self.kept[layer, "first"] = first.to(v.device)
                 self.kept[layer, "state"] = v.new_zeros(B, first[-1], 2, D + 1, dtype=torch.float32)
-                self.kept[layer, "scale"] = v.new_full((B, H), -1e300, dtype=torch.float64)
-            zeros = lambda heads: torch.zeros(B, heads, T, dtype=torch.float64)
-            return decode().stream(
+                self.kept[layer, "scale"] = v.new_full((B, H), -math.inf, dtype=fine)
+            zeros = lambda heads: v.new_zeros(B, heads, T, dtype=fine)
+            return self.step(
                 lambda_q.contiguous(),
                 lambda_k.contiguous(),
                 v.contiguous(),
-                zeros(H) if log_decay is None else log_decay.double().contiguous(),
-                zeros(Hkv) if key_bias is None else key_bias.double().contiguous(),
+                zeros(H) if log_decay is None else log_decay.to(fine).contiguous(),
+                zeros(Hkv) if key_bias is None else key_bias.to(fine).contiguous(),
                 temperature,
                 *(self.kept[layer, name] for name in ("first", "state", "scale")),
             )
@@ -240,34 +246,32 @@ class StreamCache(CompiledCache):
         checkpoint_file.save(path, tensors, {"session": {"length": self.length, "pending": self.pending, "model": model_hash}})
 
     @classmethod
-    def load(cls, path, config, model_hash):
-        """The StreamCache that save() wrote. Raises UserError if the file is damaged or of another model."""
+    def load(cls, path, config, model_hash, device="cpu"):
+        """The StreamCache that save() wrote, on whichever device. Raises UserError if the file is damaged or of another model."""
         tensors, header = checkpoint_file.load(path, ["session"], "session of sample.py")
-        cache, session = cls(config), header["session"]
+        cache, session = cls(config, device), header["session"]
         if session.get("model") != model_hash:
             raise UserError(f"{path} is of another model")
         cache.length, cache.pending = session["length"], session["pending"]
         for key, x in tensors.items():
             kind, layer, name = key.split(".")
-            getattr(cache, kind)[int(layer), name] = x
+            dtype = finest(torch.device(device)) if name == "scale" else x.dtype
+            getattr(cache, kind)[int(layer), name] = x.to(device, dtype)
         return cache
 
 
 def make_cache(name, config, device, length=0):
     """The cache called "plain", "exact" or "stream", for at most `length` tokens (0: block_size; stream has no limit). Where exact
-    does not apply (dot, a GPU, no compiler) it is the plain one, whose results are the same; where stream does not, this raises
-    UserError."""
-    applies = config.attention == "tau" and device.type == "cpu"
-    if name == "plain" or name == "exact" and not applies:
-        return Cache(config, length)
-    if not applies:
-        raise UserError("cache 'stream' is of attention = \"tau\" on a CPU: take exact")
-    if reason := not_compiled():
-        if name == "stream":
-            raise UserError(f"cache 'stream' needs decode.cpp, which could not be compiled: {reason}")
-        say_once(f"exact cache: a token reads all before it, for decode.cpp could not be compiled: {reason}")
-        return Cache(config, length)
-    return StreamCache(config) if name == "stream" else ExactCache(config, length)
+    does not apply (dot, a GPU, no compiler) it is the plain one, whose results are the same. Raises UserError for stream with dot."""
+    tau = config.attention == "tau"
+    if name == "stream" and not tau:
+        raise UserError("cache 'stream' is of attention = \"tau\": take exact")
+    if name != "plain" and tau and device.type == "cpu" and (reason := not_compiled()):
+        slow = "plain torch, slower" if name == "stream" else "a token reads all before it"
+        say_once(f"{name} cache: {slow}, for decode.cpp could not be compiled: {reason}")
+    if name == "stream":
+        return StreamCache(config, device)
+    return ExactCache(config, length) if name == "exact" and tau and device.type == "cpu" and not not_compiled() else Cache(config, length)
 
 
 @functools.cache

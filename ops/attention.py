@@ -2,7 +2,8 @@
 
 tau_attention() is what model.py calls, and naive() is its definition. Two implementations compute the same in O(T log T) time:
 `walk` (attention.cpp, compiled at first use, CPU) and `tree` (plain torch, any device); docs/algorithm.md explains them. `triton`
-(attention_triton.py) computes all pairs, in flash attention's tiles, in a GPU's on-chip memory."""
+(attention_triton.py) computes all pairs, in flash attention's tiles, in a GPU's on-chip memory; `grid` (attention_grid.py) computes
+on a GPU what lies near in time or in lambda pair by pair, the rest by sums, in O(T sqrt(T)) time."""
 
 import fcntl
 import functools
@@ -12,6 +13,7 @@ import logging
 import math
 import os
 import platform
+import shutil
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +22,7 @@ import torch
 
 from common import ROOT, first_line
 
-IMPLS = ("auto", "naive", "tree", "walk", "triton")
+IMPLS = ("auto", "naive", "tree", "walk", "triton", "grid")
 TRITON_WIDTH = 128  # the widest head of impl="triton"
 TREE_FROM = (
     131072  # tokens of context from which a GPU with triton takes the tree; up to 65,536 tiles are faster: results/attention_cuda.json
@@ -43,7 +45,8 @@ def tau_attention(lambda_q, lambda_k, v, temperature, log_decay=None, key_bias=N
     log_decay    (B, H, T) or (H,), <= 0: what each step costs; (H,) is the same at every token
     key_bias     (B, Hkv, T): added to all logits of a key
     impl         "naive": dense, O(T^2) time and memory. "walk": compiled, CPU; "tree": plain torch; both exact, O(T log T)
-                 time and O(T D) memory. "triton": GPU, D <= 128, O(T^2) time and O(T D) memory. These three need Tq = T.
+                 time and O(T D) memory. "triton": GPU, D <= 128, O(T^2) time and O(T D) memory; "grid": the same in O(T sqrt(T))
+                 time. These four need Tq = T.
                  "auto": the fastest that applies.
 
     Returns (B, H, Tq, D) in v's dtype, computed in float32 (float64 if v is float64), under autocast too; triton multiplies
@@ -67,15 +70,15 @@ def tau_attention(lambda_q, lambda_k, v, temperature, log_decay=None, key_bias=N
     if impl == "auto":
         device = v.device.type if D <= TRITON_WIDTH and v.dtype is not torch.float64 else f"{v.device.type}, wide"
         impl = "naive" if Tq < T else fastest(device, "short" if T < 256 else "long" if T >= long_from(device) else "medium")
-    elif impl == "triton":
-        check_triton(v)
+    elif impl in ("triton", "grid"):
+        check_triton(v, impl)
     if impl != "naive" and Tq < T:
         raise ValueError(f"impl={impl!r} needs a query for every key, not {Tq} for {T}")
     with torch.autocast(v.device.type, enabled=False):
         slope = log_decay is not None and log_decay.ndim == 1
         double = v.dtype is torch.float64 or slope and impl == "walk"  # a slope's gradient sums over T^2 / 2 lags
         inputs = [x.to(torch.float64 if double else torch.float32) for x in (lambda_q, lambda_k, v)]
-        if impl == "triton" and v.dtype in (torch.bfloat16, torch.float16):
+        if impl in ("triton", "grid") and v.dtype in (torch.bfloat16, torch.float16):
             inputs[2] = v
         if impl == "naive":
             return naive(*inputs, temperature, log_decay, key_bias).to(v.dtype)
@@ -198,7 +201,7 @@ def fast_attention_backward(
 def _(lambda_q, lambda_k, v, temperature, decay, bias, impl):
     (B, H, T), D = lambda_q.shape, v.shape[-1]
     out, lse = v.new_empty(B, T, H, D).transpose(1, 2), temperature.new_empty(B, H, T)
-    if impl == "triton":
+    if impl in ("triton", "grid"):
         return out, lse, v.new_empty(2, B, H, T, D), lambda_q.new_empty(B, H, 2)
     return out, lse, v.new_empty(B, H, T, D), v.new_empty(B, H, T)
 
@@ -259,10 +262,14 @@ def by_token(x):
 
 
 def backend(impl):
-    if impl == "triton":
+    if impl in ("triton", "grid"):
         from ops import attention_triton
 
         return attention_triton
+    if impl == "grid":
+        from ops import attention_grid
+
+        return attention_grid
     return load_walk() if impl == "walk" else Tree
 
 
@@ -312,16 +319,16 @@ def gpu_kernels():
     )
 
 
-def check_triton(v):
-    """Raise ValueError unless impl="triton" applies to the values v (B, Hkv, T, D)."""
+def check_triton(v, impl):
+    """Raise ValueError unless impl, "triton" or "grid", applies to the values v (B, Hkv, T, D)."""
     try:
         from ops.attention_triton import INTERPRETED
     except ImportError as error:
-        raise ValueError(f"impl='triton' needs the package triton: {error}") from None
+        raise ValueError(f"impl={impl!r} needs the package triton: {error}") from None
     if v.device.type != "cuda" and not INTERPRETED:
-        raise ValueError(f"impl='triton' needs a CUDA device, not {v.device.type}; on a CPU TRITON_INTERPRET=1 tries it, slowly")
+        raise ValueError(f"impl={impl!r} needs a CUDA device, not {v.device.type}; on a CPU TRITON_INTERPRET=1 tries it, slowly")
     if v.size(3) > TRITON_WIDTH or v.dtype is torch.float64:
-        raise ValueError(f"impl='triton' is for values of {TRITON_WIDTH} numbers at most, of 16 or 32 bits, not {v.size(3)} of {v.dtype}")
+        raise ValueError(f"impl={impl!r} is for values of {TRITON_WIDTH} numbers at most, of 16 or 32 bits, not {v.size(3)} of {v.dtype}")
 
 
 @functools.cache
@@ -354,6 +361,9 @@ def compiled(source, namespace):
         with open(folder / "ours.lock", "w") as ours:  # one process compiles; if it is killed, the system frees this lock,
             fcntl.flock(ours, fcntl.LOCK_EX)  # but not torch's own lock file, for which later processes would wait forever
             (folder / "lock").unlink(missing_ok=True)
+            compiler = os.environ.get("CXX", "c++").split()
+            if compiler and shutil.which(compiler[0]) and not (folder / f"{name}.so").exists() and os.environ.get("RANK", "0") == "0":
+                print(f"compiling {source.relative_to(ROOT)} for this machine, once: about half a minute ...", file=sys.stderr)
             load(
                 name,
                 [str(source)],

@@ -35,14 +35,16 @@ def with_key_weights(q, k, v, log_decay, key_bias):
     """q, k and v with extra columns, with which flash attention adds to q.k the key's log weight bias_j - c_j, where c is the running
     sum of log_decay (c_i is the same for all keys of a query, so it cancels in the softmax). Each key holds its log weight once
     per query head that reads it, in three parts, which keep float32's precision in bfloat16; queries hold ones, values zeros. The
-    logits are as large as c, so a softmax weight is off by at most 2^-24 c of itself: 6e-5 where the decays before it sum to 1,000."""
+    logits are as large as c, so a softmax weight is off by at most 2^-24 c of itself: 6e-5 where the decays before it sum to 1,000.
+    float16 holds log weights up to 65,504 only."""
     (B, H, T, D), Hkv = q.shape, k.size(1)
     weight = 0 if log_decay is None else -log_decay.to(finest(q.device)).cumsum(-1)
     if key_bias is not None:
         weight = weight + key_bias.to(finest(q.device)).repeat_interleave(H // Hkv, 1)
     high = weight + (weight.bfloat16() - weight).detach()  # high carries the whole gradient
     rest = (weight - high).detach()
-    parts = torch.stack([high, rest.bfloat16(), rest - rest.bfloat16()], -1).to(k.dtype)  # (B, H, T, 3)
+    middle = rest.bfloat16().to(rest.dtype)
+    parts = torch.stack([high, middle, rest - middle], -1).to(k.dtype)  # (B, H, T, 3)
     parts = parts.view(B, Hkv, -1, T, 3).movedim(2, 3).flatten(3)
     ones = torch.eye(H // Hkv, dtype=q.dtype, device=q.device).repeat_interleave(3, 1).repeat(Hkv, 1)[:, None].expand(B, H, T, -1)
     width = -(-(D + ones.size(-1)) // 8) * 8  # flash attention wants a multiple of 8

@@ -19,10 +19,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import plot
-from build_laplacian import opened
 from common import Parser, UserError, check_place, refuse_existing, replacing, run
 from data.corpus import Corpus, read_jsonl
 from data.embed import lsa_embeddings, sentence_model
+from data.embeddings import READERS, all_rows, opened
 from data.laplacian import load_laplacian
 from model import energy
 from ops.fused import ENERGY_EPS
@@ -39,22 +39,24 @@ def documents(path):
     return texts
 
 
-def embeddings_of(texts, path, source):
+def embeddings_of(texts, path, source, column):
     """(N, F) float64: read from such files as build_laplacian.py takes, or computed by a corpus folder's LSA or a sentence model."""
-    if (Path(source) / "lsa.npz").exists():
-        x = lsa_embeddings(texts, Path(source) / "lsa.npz").astype(np.float64)
-    elif (Path(source) / "meta.json").exists():
+    given = Path(source)
+    model = given.is_dir() and any((given / name).exists() for name in ("lsa.npz", "meta.json", "modules.json", "config.json"))
+    if not model and (given.exists() or given.suffix.lower() in READERS):
+        x = all_rows(opened(given, column))
+        if len(x) != len(texts):
+            raise UserError(f"{source} has {len(x)} rows, {path} has {len(texts)} documents: they must match, row by row")
+        return x
+    if column is not None:
+        raise UserError(f"--column={column} is for files of embeddings: {source} is none")
+    if (given / "lsa.npz").exists():
+        x = lsa_embeddings(texts, given / "lsa.npz").astype(np.float64)
+    elif (given / "meta.json").exists():
         raise UserError(
             f"{source} has no lsa.npz: make it with `python data/embed.py {source} --overwrite`, or give "
             "a file of embeddings or a sentence model"
         )
-    elif Path(source).is_dir() or Path(source).suffix in (".npy", ".parquet"):
-        shards = opened(Path(source))
-        rows = sum(shard.rows for shard in shards)
-        if rows != len(texts):
-            raise UserError(f"{source} has {rows} rows, {path} has {len(texts)} documents: they must match, row by row")
-        x = np.concatenate([rows for shard in shards for number in range(len(shard.pieces)) for rows in shard.read(number)])
-        x = x.astype(np.float64)
     else:
         x = sentence_model(texts, source).astype(np.float64)
     if not np.isfinite(x).all():
@@ -90,8 +92,10 @@ def main():
     options.add_argument(
         "--embeddings",
         required=True,
-        help=".npy or parquet with a row for each document; or what makes them: a corpus folder with an lsa.npz, or a sentence model",
+        help="files as build_laplacian.py takes them, with a row for each document; or what makes them: a corpus folder with an lsa.npz, "
+        "or a sentence model",
     )
+    options.add_argument("--column", metavar="NAME", help="the column of lists or the array to read, where a file has several")
     options.add_argument("--against", type=Path, metavar="TEXTS", help="other texts, to tell apart from the first")
     options.add_argument("--against_embeddings", help="theirs (default: made by what --embeddings names)")
     options.add_argument(
@@ -110,7 +114,7 @@ def main():
         if path is None:
             continue
         texts = documents(path)
-        x = embeddings_of(texts, path, source)
+        x = embeddings_of(texts, path, source, args.column)
         if x.shape[1] != len(L):
             raise UserError(f"{source} has {x.shape[1]} features, {args.laplacian} has {len(L)}: they must be the same")
         groups.append((path, texts, energies(x, L)))

@@ -32,8 +32,8 @@ from training.config import Settings, changed_settings, read_settings
 
 LETTERS = 32  # tokens 0 .. 31
 BLANK, MARK = 32, 33
-SIZE = dict(block_size=2048, vocab_size=34, n_layer=2, n_embd=64, softcap=0.0)
-LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048)  # of a sequence; the last four are longer than any trained on
+SIZE = dict(block_size=512, vocab_size=34, n_layer=2, n_embd=64, softcap=0.0)
+LENGTHS = (16, 32, 64, 128, 256, 512)  # of a sequence; the last two are longer than any trained on
 TRAINED = 128
 
 

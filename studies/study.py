@@ -3,9 +3,10 @@
     python studies/study.py results/tau_modes.jsonl
     python studies/study.py results/study.jsonl --rows --figure=results/study.png
     python studies/study.py results/study.jsonl --rows --against="tau, published"
+    python studies/study.py out/runs.jsonl --list
 
 --rows is for runs in folders .../CORPUS/ROW/SEED, as runs/study.sh has them: a row for each ROW, columns for each CORPUS.
---against tells how much better each row is than a given one, seed by seed."""
+--against tells how much better each row is than a given one, seed by seed. --list is a line for each run, the newest first."""
 
 import math
 import statistics
@@ -16,23 +17,58 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import NUMBER, Parser, UserError, check_place, read_lines, replacing, run
 from training.config import NO_RESULT, Settings
 
+CONTENTS = (  # what a run reads: its field in a line, the table's column, and the settings that say where it is
+    ("data", "text", ("data_dir",)),
+    ("laplacian", "graph", ("data_dir", "laplacian")),
+    ("origin", "began as", ("embedding_init",)),
+)
+LISTED = 20  # runs of --list
+
 
 def read_results(paths, **more):
     """The records of the finished runs; of a run with several, the last. more: further fields that they must have, with their types."""
     lines = {}
     for path in paths:
-        for _, record in read_lines(path, run=str, config=str, best_loss=NUMBER, seconds=NUMBER, settings=dict, **more):
+        for _, record in read_lines(path, run=str, config=str, seed=int, best_loss=NUMBER, seconds=NUMBER, settings=dict, **more):
+            lines.pop(record["run"], None)  # so that it stands where its last line does
             lines[record["run"]] = record
     return list(lines.values())
 
 
+def value(settings, name):
+    return str(settings.get(name, getattr(Settings, name, "")))
+
+
 def table(records):
-    """Markdown. A row is named by the settings in which the rows differ."""
-    value = lambda settings, name: str(settings.get(name, getattr(Settings, name, "")))
+    """Markdown. A row is named by the settings in which the rows differ, and by the contents of what they read where those do not tell
+    them apart. Of runs with one seed in one row, which are named on standard error, the last counts."""
     groups = {}
     for record in records:
-        groups.setdefault(record["config"], []).append(record)
-    shown = [{name: given for name, given in group[0]["settings"].items() if name not in NO_RESULT} for group in groups.values()]
+        groups.setdefault(record["config"], {}).setdefault(record["seed"], []).append(record)
+    twice = [" and ".join(run["run"] for run in runs) for group in groups.values() for runs in group.values() if len(runs) > 1]
+    if twice:
+        print(f"study.py: runs with one seed in one row, of which only the last counts: {'; '.join(twice)}", file=sys.stderr)
+    groups = [[runs[-1] for runs in group.values()] for group in groups.values()]
+    names, labels = labels_of([group[0] for group in groups])
+    lines = [
+        "| " + " | ".join([*names, "seeds", "best validation loss", "spread", "seconds a run"]) + " |",
+        "| " + "--- | " * (len(names) + 4),
+    ]
+    for label, group in sorted(zip(labels, groups), key=lambda row: row[0]):
+        losses = [record["best_loss"] for record in group]
+        numbers = [
+            str(len(losses)),
+            f"{statistics.mean(losses):.4f}",
+            f"{max(losses) - min(losses):.4f}",
+            f"{statistics.median(record['seconds'] for record in group):.0f}",
+        ]
+        lines.append("| " + " | ".join([*label, *numbers]) + " |")
+    return "\n".join(lines)
+
+
+def labels_of(records):
+    """(column names, a list of cells for each record) that tell records of different settings or contents apart."""
+    shown = [{name: given for name, given in record["settings"].items() if name not in NO_RESULT} for record in records]
     for settings in shown:
         if settings.get("laplacian") == f"{settings.get('data_dir', Settings.data_dir)}/laplacian.parquet":
             del settings["laplacian"]  # the default
@@ -41,26 +77,41 @@ def table(records):
         for name in dict.fromkeys(name for settings in shown for name in settings)
         if len({value(settings, name) for settings in shown}) > 1
     ]
-    rows = [
-        "| " + " | ".join([*names, "seeds", "best validation loss", "spread", "seconds a run"]) + " |",
-        "| " + "--- | " * (len(names) + 4),
-    ]
-    for settings, group in sorted(zip(shown, groups.values()), key=lambda row: [value(row[0], name) for name in names]):
-        losses = [record["best_loss"] for record in group]
+    labels = [[value(settings, name) for name in names] for settings in shown]
+    for field, column, paths in CONTENTS:
+        at = [(*(value(settings, path) for path in paths), record.get(field)) for settings, record in zip(shown, records)]
+        at = {place for place in at if place[-1] is not None}  # dot attention has no Laplacian, an older line not every field
+        if len(at) > len({place[:-1] for place in at}):
+            names.append(column)
+            labels = [[*label, str(record.get(field) or "-")] for label, record in zip(labels, records)]
+    if len({*map(tuple, labels)}) < len(labels):
+        names.append("config")
+        labels = [[*label, record["config"]] for label, record in zip(labels, records)]
+    return names, labels
+
+
+def run_list(records, most):
+    """A line for each of the newest runs, `most` of them at most; those that do not say their date come last, in the order of the file,
+    turned round."""
+    records = sorted(reversed(records), key=lambda record: str(record.get("date", "")), reverse=True)
+    rows = [("run", "date", "model", "data", "steps", "loss")]
+    for record in records[:most]:
+        attention, layers, width, data = (value(record["settings"], name) for name in ("attention", "n_layer", "n_embd", "data_dir"))
         rows.append(
-            "| "
-            + " | ".join(
-                [
-                    *(value(settings, name) for name in names),
-                    str(len(losses)),
-                    f"{statistics.mean(losses):.4f}",
-                    f"{max(losses) - min(losses):.4f}",
-                    f"{statistics.median(record['seconds'] for record in group):.0f}",
-                ]
+            (
+                record["run"],
+                str(record.get("date", "-")).replace("T", " ").removesuffix("+00:00"),
+                f"{attention} {layers} x {width}, {record['parameters'] / 1e6:.2f} M",
+                data,
+                f"{record['steps']:,}",
+                f"{record['best_loss']:.4f}",
             )
-            + " |"
         )
-    return "\n".join(rows)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    if len(records) > most:
+        lines.append(f"the newest {most} of {len(records):,} runs; --all lists them all")
+    return "\n".join(lines)
 
 
 def by_row(records):
@@ -177,15 +228,25 @@ def main():
     options.add_argument("--rows", action="store_true", help="name rows and columns by the runs' folders")
     options.add_argument("--against", metavar="ROW", help="with --rows: how much better than this one, in nats")
     options.add_argument("--figure", type=Path, metavar="FILE.png", help="draw such rows")
+    options.add_argument("--list", action="store_true", help=f"a line for each run, the newest {LISTED}, in place of the table")
+    options.add_argument("--all", action="store_true", help="with --list: all of them")
     options.add_argument("--overwrite", action="store_true", help="replace a figure that is there already")
     args = options.parse_args()
     if not args.rows and (args.against or args.figure):
         raise UserError("--against and --figure are for --rows")
+    if args.rows and args.list:
+        raise UserError("--rows and --list are two tables: leave one out")
+    if args.all and not args.list:
+        raise UserError("--all is for --list")
     if args.figure:
         check_place(args.figure, ".png", args.overwrite, "--figure")
-    records = read_results(args.results, **(dict(bits_per_byte=NUMBER, parameters=int, seed=int, data=str) if args.rows else {}))
+    more = dict(bits_per_byte=NUMBER, parameters=int, data=str) if args.rows else dict(parameters=int, steps=int) if args.list else {}
+    records = read_results(args.results, **more)
     if not records:
         raise UserError("no finished run in these files")
+    if args.list:
+        print(run_list(records, len(records) if args.all else LISTED))
+        return
     rows = by_row(records) if args.rows else None
     print(table(records) if rows is None else gain_table(rows, args.against) if args.against else row_table(rows))
     if args.figure:

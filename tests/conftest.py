@@ -39,7 +39,7 @@ def as_main(script, args, cwd, out, err):
     runpy.run_path(str(script), run_name="__main__")
 
 
-def run_script(name, *args, cwd, stdin=None, env=None):
+def run_script(name, *args, cwd, stdin=None, env=None, limit=300):
     """A script of the project, from another folder: its CompletedProcess."""
     script, args = ROOT / name, [str(arg) for arg in args]
     if stdin is not None or env is not None:
@@ -49,14 +49,14 @@ def run_script(name, *args, cwd, stdin=None, env=None):
             input=stdin,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=limit,
             env={**os.environ, **(env or {})},
         )
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
         process = WARM.Process(target=as_main, args=(script, args, str(cwd), out, err))
         process.start()
-        process.join(300)
+        process.join(limit)
         if process.exitcode is None:
             process.kill()
             raise TimeoutError(f"{name} {args}")

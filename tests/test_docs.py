@@ -13,6 +13,8 @@ ELSEWHERE = {
     "metrics.jsonl",
     "diagnostics.jsonl",
     "profile.json",
+    "log.txt",
+    "config.toml",
     "figure.png",
     "bands.png",
     "meta.json",

@@ -52,6 +52,24 @@ def test_idea(work, here):
         assert expected in fails("plot.py", work / "out/small", *options, "--out=j.png", cwd=here)
 
 
+def test_its_own_figure_is_drawn_again(work, here):
+    """A file that something else has put there is not, and neither is one that --out names."""
+    run, figure = here / "run", here / "run/figure.png"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 100, "tokens": 1000, "split": "val", "loss": 4.9}\n')
+    ok("plot.py", "run", cwd=here)
+    (run / "metrics.jsonl").write_text('{"step": 100, "tokens": 1000, "split": "val", "loss": 3.1}\n')
+    before = figure.read_bytes()
+    ok("plot.py", "run", cwd=here)
+    assert figure.read_bytes() != before
+    assert "--overwrite" in fails("plot.py", "run", "--out=run/figure.png", cwd=here)
+    for other in (b"mine", before.replace(b"tauformer plot.py", b"Matplotlib 3.10.0")):
+        figure.write_bytes(other)
+        assert "--overwrite" in fails("plot.py", "run", cwd=here)
+        assert figure.read_bytes() == other
+    ok("plot.py", "run", "--overwrite", cwd=here)
+
+
 def test_runs_of_which_some_validations_are_known(work, here):
     (here / "known").mkdir()
     (here / "known/metrics.jsonl").write_text('{"step": 100, "tokens": 13107200, "split": "val", "loss": 4.9255}\n')

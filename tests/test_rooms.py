@@ -7,6 +7,7 @@ from conftest import ROOT
 
 FLOORS = [  # from the ground up; those on one floor may know one another
     {"common"},
+    {"model_config"},
     {"ops", "data"},
     {"model"},
     {"training", "decoding"},

@@ -11,9 +11,10 @@ from conftest import ROOT, fails, metrics, ok, run_script, untimed
 from test_data import write_jsonl
 
 from build_laplacian import load_laplacian
-from common import UserError
+from common import Parser, UserError, waiting
 from data.corpus import Corpus
 from model import ModelConfig
+from ops import attention
 from training import checkpoint, memory
 from training.batches import training_batch
 from training.config import Settings, parse
@@ -177,19 +178,152 @@ def test_wandb_offline(here):
 
 
 def test_help_lists_every_setting():
+    """In groups, with choices and defaults."""
     text = run_script("train.py", "--help", cwd=ROOT).stdout
     assert all(f"--{f.name} " in text for f in fields(Settings))
+    groups = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert groups[2:] == [f"{f.metadata['group']}:" for f in fields(Settings) if f.metadata["group"]] and len(groups) == 9
+    assert "--lr_schedule {constant,cosine,plateau}" in text and "--compile [BOOL]" in text and "[0.0005]" in text
 
 
-def test_options_as_fingers_know_them(here, monkeypatch):
-    monkeypatch.setattr(
-        sys, "argv", ["train.py", str(here / "small.toml"), "--compile", "--weight-decay=0.2", "--overwrite=true", "--tau_rope=false"]
-    )
-    settings, given = parse("")
-    assert (settings.compile, settings.weight_decay, settings.overwrite, settings.tau_rope) == (True, 0.2, True, False)
-    assert given["weight_decay"] == "command line" != given["n_layer"]
-    monkeypatch.setattr(sys, "argv", ["train.py", "--compile", str(here / "small.toml")])
-    assert parse("")[0].compile
+def test_the_help_of_a_corpus_names_its_own_defaults():
+    for name, tokenizer, fraction in (("openwebtext", "gpt2", "0.0005"), ("shakespeare_char", "char", "0.1"), ("jsonl", "bpe", "0.01")):
+        text = " ".join(run_script(f"data/{name}/prepare.py", "--help", cwd=ROOT).stdout.split())
+        assert f"(default: {tokenizer})" in text and f"(default: {fraction})" in text, name
+
+
+def asked(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
+    return parse("\n    python train.py configs/quickstart.toml --seed=2\n")
+
+
+@pytest.mark.parametrize(
+    "words, name, value",
+    [
+        (["CONFIG", "--compile"], "compile", True),
+        (["--compile", "CONFIG"], "compile", True),
+        (["CONFIG", "--compile", "False"], "compile", False),
+        (["CONFIG", "--tau_rope=false"], "tau_rope", False),
+        (["CONFIG", "--weight-decay=0.2"], "weight_decay", 0.2),
+        (["--max_steps", "10", "CONFIG"], "max_steps", 10),
+        (["CONFIG", "--max-steps", "1_000"], "max_steps", 1000),
+        (["CONFIG", "--batch_size=1e3"], "batch_size", 1000),
+        (["CONFIG", "--batch_size=1.6E+1"], "batch_size", 16),
+        (["CONFIG", "--learning_rate=1"], "learning_rate", 1.0),
+        (["CONFIG", "--seed=1", "--seed=2"], "seed", 2),
+        (["CONFIG", "--out_dir", "x"], "out_dir", "x"),
+        (["CONFIG", "--device=cuda:1"], "device", "cuda:1"),
+    ],
+)
+def test_options_as_fingers_know_them(here, monkeypatch, words, name, value):
+    settings, given = asked(monkeypatch, *[here / "small.toml" if word == "CONFIG" else word for word in words])
+    assert getattr(settings, name) == value and type(getattr(settings, name)) is type(value)
+    assert given[name] == "command line" != given["n_layer"]
+
+
+def test_flags_of_other_scripts_take_true_and_false():
+    parser = Parser("x")
+    parser.add_argument("--skip_bad", action="store_true")
+    for words, expected in ((["--skip-bad"], True), (["--skip_bad=True"], True), (["--skip_bad", "false"], False), ([], False)):
+        assert parser.parse_args(words).skip_bad is expected
+    with pytest.raises(UserError, match="--skip_bad=1 must be True or False"):
+        parser.parse_args(["--skip_bad=1"])
+    parser.add_argument("--prompt")
+    assert parser.parse_args(["--prompt", "--- a text"]).prompt == "--- a text"
+    with pytest.raises(UserError, match="--start=x, did you mean --prompt?"):
+        parser.parse_args(["--start=x"])
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ([], "CONFIG.toml is missing, as in `python train.py configs/quickstart.toml --seed=2`"),
+        (["quickstart"], "did you mean configs/quickstart.toml?"),
+        (["configs/quickstart"], "did you mean configs/quickstart.toml?"),
+        (["config/quikstart.py"], "did you mean configs/quickstart.toml?"),
+        (["nope.toml"], "nope.toml does not exist, it should be a CONFIG.toml: there are configs/dot_124m.toml, configs/dot_30m.toml"),
+        (["configs"], "configs is a folder"),
+        (["n_layer=3"], "given after it, as --n_layer=3"),
+        (["configs/quickstart.toml", "n_layer=3"], "did you mean --n_layer"),
+        (["configs/quickstart.toml", "configs/study.toml"], "only one CONFIG.toml"),
+        (["configs/quickstart.toml", "--compile", "maybe"], "maybe"),
+        (["configs/quickstart.toml", "--max_steps"], "expected one argument"),
+        (["--config=configs/quickstart.toml"], "CONFIG.toml stands by itself, without --config"),
+        (["configs/quickstart.toml", "-lr=3"], "--learning_rate"),
+    ],
+)
+def test_the_config_that_was_meant(monkeypatch, words, expected):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError) as error:
+        asked(monkeypatch, *words)
+    assert expected in str(error.value)
+
+
+def test_mistakes_are_answered_without_torch(here, tmp_path):
+    """Its import takes seconds."""
+    (tmp_path / "stub").mkdir()
+    (tmp_path / "stub/torch.py").write_text("raise ImportError('torch is imported')")
+    env = {"PYTHONPATH": str(tmp_path / "stub")}
+    (here / "broken.toml").write_text("n_layer = ")
+    (here / "bare").mkdir()
+    shutil.copytree(here / "docs", here / "bare/docs")
+    (here / "bare/docs/laplacian.parquet").unlink()
+    for words, expected in (
+        (["train.py", "nope.toml"], "nope.toml"),
+        (["train.py", "broken.toml"], "TOML"),
+        (["train.py", "small.toml", "--lr=1"], "--learning_rate"),
+        (["train.py", "small.toml", "--n_head=5"], "n_head=5"),
+        (["train.py", "small.toml", "--data_dir=nowhere"], "no corpus in nowhere"),
+        (["train.py", "small.toml", "--data_dir=bare/docs"], "no Laplacian at bare/docs/laplacian.parquet"),
+        (["train.py", "small.toml", "--init_from=gpt2-xl"], "GPT-2's weights"),
+        (["train.py", "small.toml", "--init_from=resume"], "nothing to resume"),
+        (["bench.py", "atention"], "attention"),
+        (["plot.py", "out/x", "--max_loss=0"], "max_loss"),
+        (["build_laplacian.py", "--topk=0"], "topk"),
+        (["sample.py", "x", "--top_p=2"], "top_p"),
+    ):
+        assert expected in fails(*words, cwd=here, env=env)
+    assert "--n_layer INT" in ok("train.py", "--help", cwd=here, env=env)
+
+
+def test_what_takes_long_is_said(monkeypatch, capsys, tmp_path):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    said = ""
+    with waiting("thinking"):
+        while not said:
+            said = capsys.readouterr().err
+    with waiting("of nothing"):
+        pass
+    assert said == "thinking ...\n"
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    for compiler, expected in (("no-such-compiler", ""), ("false", "compiling decoding/decode.cpp for this machine, once")):
+        monkeypatch.setenv("CXX", compiler)
+        with pytest.raises((RuntimeError, OSError)):
+            attention.compiled("decoding/decode.cpp", "tauformer_nothing")
+        assert "".join(capsys.readouterr().err.splitlines()[:1]).startswith(expected)
+
+
+def test_a_run_keeps_its_lines_and_its_settings(here, work, monkeypatch):
+    """config.toml is a CONFIG.toml again, of the same run."""
+    first = ["small.toml", "--max_steps=2", "--min-lr=0.00001", '--wandb_run_name=a "name" \\ \x7f é', "--results=r.jsonl"]
+    out = ok("train.py", *first, "--out_dir=a", cwd=here)
+    assert (here / "a/log.txt").read_text() == out
+    ok("train.py", "a/config.toml", "--out_dir=b", cwd=here)
+    assert untimed(metrics(here / "a")) == untimed(metrics(here / "b"))
+    one, two = ((here / name / "config.toml").read_text() for name in "ab")
+    assert one.replace('out_dir = "a"', 'out_dir = "b"') == two
+    hashes = [json.loads(line)["config"] for line in (here / "r.jsonl").read_text().splitlines()]
+    assert len(hashes) == 2 and hashes[0] == hashes[1]
+
+    out += ok("train.py", "a/config.toml", "--init_from=resume", "--max_steps=3", cwd=here)
+    assert "max_steps = 3 from here on, 2 before" in out and (here / "a/log.txt").read_text() == out
+    assert (here / "a/config.toml").read_text() == one.replace("max_steps = 2", "max_steps = 3")
+
+    ok("train.py", "small.toml", f"--init_from={work / 'out/small'}", "--max_steps=1", "--out_dir=c", cwd=here)
+    assert f'init_from = "{work}/out/small"' in (here / "c/config.toml").read_text()
+    ok("train.py", "c/config.toml", "--overwrite", "--results=r.jsonl", cwd=here)
+    ok("train.py", "c/config.toml", "--init_from=resume", "--max_steps=2", cwd=here)
+    assert f'init_from = "{work}/out/small"' in (here / "c/config.toml").read_text()
 
 
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
@@ -211,6 +345,22 @@ def test_configs(here, config):
         ("compile=yes", "True or False"),
         ("lr=1e-3", "did you mean --learning_rate"),
         ("max-iters=100", "did you mean --max_steps"),
+        ("max_steps=5k", "such as 5000 or 5e3"),
+        ("batch_size=1.5e0", "must be int"),
+        ("batch_size=1e999", "batch_size"),
+        ("dataset=openwebtext", "did you mean --data_dir=data/NAME"),
+        ("gradient_accumulation_steps=40", "did you mean --grad_accum_steps"),
+        ("warmup_iters=40", "did you mean --warmup_steps"),
+        ("lr_decay_iters=40", "did you mean --lr_decay_steps"),
+        ("always_save_checkpoint=True", "has none here: checkpoint_interval"),
+        ("backend=nccl", "has none here"),
+        ("decay_lr=False", "has none here: lr_schedule"),
+        ("bias=False", "has none here: no layer"),
+        ("num_train_epochs=3", "has none here: max_steps"),
+        ("no-compile", "did you mean --compile=False"),
+        ("resume", "did you mean --init_from=resume"),
+        ("device=gpu", "cuda"),
+        ("dtype=bf16", "bfloat16"),
         ("weight-decai=0.1", "did you mean --weight_decay"),
         ("attention=flash", "tau, dot"),
         ("learning_rate=nan", "learning_rate"),
@@ -249,6 +399,9 @@ def test_bad_settings(here, monkeypatch, option, expected):
         ("n_layers = 3", "'n_layers'"),
         ('n_layer = "3"', "n_layer"),
         ("n_layer = true", "n_layer"),
+        ("n_layer = 2.5", "n_layer"),
+        ("decay_lr = true", "has none here"),
+        ("max_iters = 10", "did you mean max_steps"),
         ("n_layer = ", "TOML"),
         ("n_layer = " + "[" * 5000, "TOML"),
     ],

@@ -28,11 +28,13 @@ class RunState:
     loss_average: float | None = None  # running mean of the training losses
     bad: int = 0  # steps in a row whose update was left out
     skipped: int = 0  # all such steps
+    scaler: dict = field(default_factory=dict)  # of a run in float16: its GradScaler's state
     narrow: dict = field(default_factory=dict)  # as diagnostics.collapses() counts
     wandb_id: str | None = None
-    origin: str = "scratch"  # or the hash of the checkpoint whose weights it began with
+    origin: str = "scratch"  # or the hash of the checkpoint, or of the token vectors, that its weights began with
     data: str | None = None  # the hash of the text that it is trained on
     file: dict = field(default_factory=dict)  # what the config file said
+    began: dict = field(default_factory=dict)  # init_from and laplacian, where the run's first call gave them
 
     @classmethod
     def of(cls, header):

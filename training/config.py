@@ -1,22 +1,25 @@
 """The settings of train.py, one line each with its meaning: read from a TOML file and overridden by --key=value."""
 
+import difflib
 import hashlib
 import json
-import sys
+import os
+import re
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from common import FRACTION, NOT_NEGATIVE, POSITIVE, Parser, UserError, check_rule, meant, one_of, setting
-from model import ModelSettings
+from common import FRACTION, NOT_NEGATIVE, POSITIVE, ROOT, Parser, UserError, check_rule, meant, one_of, read_text, setting
+from model_config import ModelSettings
 
 
 @dataclass
 class Settings(ModelSettings):
     """All settings of train.py: the model's, and these."""
 
-    # what is read and written
-    data_dir: str = setting("data/python_docs", "prepared corpus: the folder of its train.bin, val.bin, meta.json")
+    data_dir: str = setting(
+        "data/python_docs", "prepared corpus: the folder of its train.bin, val.bin, meta.json", group="what is read and written"
+    )
     laplacian: str = setting("", "Laplacian file (default: laplacian.parquet in data_dir); dot attention uses none")
     out_dir: str = setting("", "folder for checkpoints and metrics.jsonl (default: out/NAME of the config)")
     init_from: str = setting(
@@ -33,14 +36,21 @@ class Settings(ModelSettings):
         "domain's own token vectors, DATA_DIR/token_embeddings.npy, scaled to that variance",
         one_of("normal", "domain"),
     )
-    tau_scope: str = setting("global", "global: block 0's tau for all layers and heads; head: one for each", one_of("global", "head"))
+    tau_scope: str = setting(
+        "global",
+        "global: block 0's tau for all layers and heads; head: one for each",
+        one_of("global", "head"),
+        group="where tau comes from (tau_mode, above)",
+    )
     tau_percentile: float = setting(75.0, "of tau_mode percentile", (lambda value: 0 <= value <= 100, "0 to 100"))
     tau_interval: int = setting(100, "steps between the moves of tau_mode adaptive", POSITIVE)
     tau_smoothing: float = setting(0.5, "share of log tau that such a move keeps", FRACTION)
     tau_drift: float = setting(0.1, "|log(median energy / tau)| past which tau_mode gradient moves", NOT_NEGATIVE)
-    # a step
     train_fraction: float = setting(
-        1.0, "part of train.bin, from its start, that is trained on", (lambda value: 0 < value <= 1, "above 0 and at most 1")
+        1.0,
+        "part of train.bin, from its start, that is trained on",
+        (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+        group="a step",
     )
     sampling: str = setting(
         "random",
@@ -74,8 +84,7 @@ class Settings(ModelSettings):
         NOT_NEGATIVE,
     )
     ema_decay: float = setting(0.0, "decay of a running mean of the weights, which is then validated and saved as best (0: none)", FRACTION)
-    # what is logged, and when
-    eval_interval: int = setting(100, "steps between validations", POSITIVE)
+    eval_interval: int = setting(100, "steps between validations", POSITIVE, group="what is logged and kept, and when")
     eval_iters: int = setting(20, "batches of a validation, spread evenly over val.bin, the same each time", POSITIVE)
     eval_only: bool = setting(False, "validate the model of init_from, print it, write nothing")
     log_interval: int = setting(10, "steps between lines of the training loss", POSITIVE)
@@ -85,11 +94,17 @@ class Settings(ModelSettings):
     wandb_log: bool = setting(False, "send the metrics to Weights & Biases too")
     wandb_project: str = setting("tauformer", "its project")
     wandb_run_name: str = setting("", "its name for this run (default: the name of out_dir)")
-    # machine
-    seed: int = setting(1337, "of weights, batches and dropout", NOT_NEGATIVE)
-    device: str = setting("auto", "auto: cuda, else mps, else cpu; or one of them by name, such as cuda:1")
+    seed: int = setting(1337, "of weights, batches and dropout", NOT_NEGATIVE, group="the machine, and what to do on it")
+    device: str = setting(
+        "auto",
+        "auto: cuda, else mps, else cpu; or one of them by name, such as cuda:1",
+        (re.compile(r"auto|(cpu|cuda|mps|xpu)(:\d+)?").fullmatch, "auto, cpu, mps, cuda, or one GPU such as cuda:1"),
+    )
     dtype: str = setting(
-        "auto", "auto: bfloat16 (autocast) where a CUDA device has it, else float32", one_of("auto", "float32", "bfloat16")
+        "auto",
+        "of matrix products (autocast). auto: on a CUDA device bfloat16, or where it has none float16, else float32; float16 scales "
+        "the loss, so that gradients do not vanish",
+        one_of("auto", "float32", "bfloat16", "float16"),
     )
     deterministic: bool = setting(False, "on CUDA, use only operations that give the same bits every time (others raise); on a CPU all do")
     compile: bool = setting(False, "torch.compile the model")
@@ -119,6 +134,7 @@ NO_RESULT = (
 
 
 COMMAND_LINE = "command line"
+WRITTEN = "# The settings of the run in this folder, written by train.py, which takes this file as its CONFIG.toml too."
 OF_THE_CALL = ("out_dir", "init_from", "overwrite", "eval_only", "dry_run", "profile")  # not of the run
 
 
@@ -135,9 +151,10 @@ def changed_settings(settings):
 
 
 def checked(name, value, kind, source):
-    """The value of a setting of type `kind`, an int converted where that is float. Raises UserError for a wrong type or value."""
-    if kind is float and type(value) is int and abs(value) < 2**53:
-        value = float(value)
+    """The value of a setting of type `kind`, a whole number as int or float, whichever that is. Raises UserError for a wrong type or
+    value."""
+    if kind is float and type(value) is int and abs(value) < 2**53 or kind is int and type(value) is float and value.is_integer():
+        value = kind(value)
     if type(value) is not kind:
         raise UserError(f"{source}: {name} = {value!r} must be {kind.__name__}, not {type(value).__name__}")
     check_rule(Settings.__dataclass_fields__[name], value, source)
@@ -149,17 +166,18 @@ def from_text(text, name, kind):
     try:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
-        return kind(text)
+        return float(text) if kind is int and re.fullmatch(r"[\d.]+e\+?\d+", text, re.I) else kind(text)
     except (KeyError, ValueError):
-        raise UserError(f"--{name}={text} must be {'True or False' if kind is bool else kind.__name__}") from None
+        must = {bool: "True or False", int: "int, a whole number such as 5000 or 5e3", float: "float, a number such as 0.001 or 1e-3"}
+        raise UserError(f"--{name}={text} must be {must[kind]}") from None
 
 
 def read_settings(path):
     """{name: value} of a TOML file of settings. Raises UserError for a broken file, an unknown key or a wrong type or value."""
-    kinds = {f.name: f.type for f in fields(Settings)}
+    kinds, text = {f.name: f.type for f in fields(Settings)}, read_text(path)
     try:
-        values = tomllib.loads(path.read_text())
-    except (ValueError, RecursionError) as error:  # broken TOML or UTF-8, or numbers with thousands of digits
+        values = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # broken TOML, or numbers with thousands of digits
         raise UserError(f"{path} is not a TOML file: {error}") from None
     for name in values:
         if name not in kinds:
@@ -172,14 +190,22 @@ def parse(description):
     file or COMMAND_LINE. Raises UserError for an unknown key, a wrong type or a value that makes no sense."""
     kinds = {f.name: f.type for f in fields(Settings)}
     parser = Parser(description)
+    parser.usage = "%(prog)s [-h] CONFIG.toml [--key=value ...]"
     parser.add_argument("config", type=Path, metavar="CONFIG.toml", help="file of settings; --key=value overrides it")
     for f in fields(Settings):
-        default = "" if f.default == "" else f" [{f.default}]"
-        dashed = [f"--{f.name.replace('_', '-')}"] if "_" in f.name else []
-        parser.add_argument(f"--{f.name}", *dashed, metavar=f.type.__name__.upper(), help=f.metadata["meaning"] + default)
-    bare = {option for f in fields(Settings) if f.type is bool for option in (f"--{f.name}", f"--{f.name.replace('_', '-')}")}
-    args = vars(parser.parse_args([f"{option}=True" if option in bare else option for option in sys.argv[1:]]))
+        if f.metadata["group"]:
+            group = parser.add_argument_group(f.metadata["group"])
+        rule = f.metadata["rule"]
+        choices = rule[1].removeprefix("one of ").split(", ") if rule and rule[1].startswith("one of ") else []
+        group.add_argument(
+            f"--{f.name}",
+            nargs="?" if f.type is bool else None,  # a flag alone is True
+            metavar="{" + ",".join(choices) + "}" if choices else f.type.__name__.upper(),
+            help=f.metadata["meaning"].replace("%", "%%") + ("" if f.default == "" else f" [{f.default}]"),
+        )
+    args = vars(parser.parse_args())
     path = args.pop("config")
+    check_config(path, kinds)
     file = read_settings(path)
     said = {name: text for name, text in args.items() if text is not None}
     line = {name: checked(name, from_text(text, name, kinds[name]), kinds[name], COMMAND_LINE) for name, text in said.items()}
@@ -190,11 +216,44 @@ def parse(description):
     return settings, dict.fromkeys(file, str(path)) | dict.fromkeys(line, COMMAND_LINE)
 
 
+def check_config(path, kinds):
+    """Raise UserError if there is no config file at `path`, with the one that was meant, or all that there are."""
+    if path.exists() and not path.is_dir():
+        return
+    name, equals, value = str(path).partition("=")
+    if equals and name in kinds:
+        raise UserError(f"{path} is no CONFIG.toml: settings are given after it, as --{path}")
+    ours = sorted((ROOT / "configs").glob("*.toml"))
+    beside = sorted((path if path.is_dir() else path.parent).glob("*.toml"))
+    shown = {found.stem: os.path.relpath(found) if found.is_relative_to(Path.cwd()) else str(found) for found in (*ours, *beside)}
+    near = difflib.get_close_matches(path.stem, shown, 1)
+    hint = f"did you mean {shown[near[0]]}?" if near else f"there are {', '.join(shown[found.stem] for found in ours)}"
+    raise UserError(f"{path} {'is a folder, no' if path.is_dir() else 'does not exist, it should be a'} CONFIG.toml: {hint}")
+
+
 def check_schedule(settings):
     if settings.lr_schedule == "cosine" and settings.min_lr > settings.learning_rate:
         raise UserError(f"min_lr = {settings.min_lr} is above learning_rate = {settings.learning_rate}")
     if settings.lr_schedule == "cosine" and settings.lr_decay_steps <= settings.warmup_steps:
         raise UserError(f"lr_decay_steps = {settings.lr_decay_steps} must be past warmup_steps = {settings.warmup_steps}")
+
+
+def config_text(settings, began):
+    """All settings of a run as TOML, which read_settings() reads. began: init_from and laplacian, where the run's first call gave them."""
+    lines = [WRITTEN]
+    for f in fields(settings):
+        if f.metadata["group"]:
+            lines += ["", f"# {f.metadata['group']}"]
+        value = began.get(f.name) if f.name in ("init_from", "laplacian") else getattr(settings, f.name)
+        if value is not None and (f.name not in OF_THE_CALL or f.name in ("out_dir", "init_from")):
+            text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # in JSON as in TOML, but for this character
+            lines.append(f"{f.name} = {text}")
+    return "\n".join(lines) + "\n"
+
+
+def model_settings(settings):
+    """{name: value} of ModelConfig, but for vocab_size, which is the corpus's."""
+    return {f.name: getattr(settings, f.name) for f in fields(ModelSettings)}
 
 
 def go_on_with(settings, given, stored, file):

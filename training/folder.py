@@ -6,10 +6,14 @@ import re
 from pathlib import Path
 
 from common import UserError, output_folder, read_lines, replacing
-from training import checkpoint
+from data import checkpoint_file
+from training.config import WRITTEN, config_text
 
 LOGS = "metrics.jsonl", "diagnostics.jsonl"
-UNFINISHED = re.compile(r"\.((best|step_\d+)\.safetensors|(metrics|diagnostics)\.jsonl|profile\.json)\.\d+\.tmp")  # of a killed run
+LINES, CONFIG = "log.txt", "config.toml"  # the lines that the run prints, and its settings
+UNFINISHED = re.compile(  # of a killed run
+    r"\.((best|step_\d+)\.safetensors|(metrics|diagnostics)\.jsonl|profile\.json|config\.toml)\.\d+\.tmp"
+)
 
 
 def only_looks(settings):
@@ -19,7 +23,10 @@ def only_looks(settings):
 
 def files_of(out_dir):
     """The files of a run that the folder holds."""
-    return [*checkpoint.steps(out_dir), *(path for path in (Path(out_dir) / name for name in ("best.safetensors", *LOGS)) if path.exists())]
+    return [
+        *checkpoint_file.steps(out_dir),
+        *(path for path in (Path(out_dir) / name for name in ("best.safetensors", *LOGS)) if path.exists()),
+    ]
 
 
 def lines_until(path, step):
@@ -28,12 +35,12 @@ def lines_until(path, step):
     return "".join(line for line, record in lines if record["step"] <= step)
 
 
-def refuse_to_replace(settings, resumed):
+def refuse_to_replace(settings):
     held = files_of(settings.out_dir)
-    if held and not (resumed or settings.overwrite or only_looks(settings)):
+    if held and not (settings.init_from == "resume" or settings.overwrite or only_looks(settings)):
         raise UserError(
             f"{Path(settings.out_dir)} holds a run already ({', '.join(path.name for path in held)}): give "
-            + ("--init_from=resume, " if checkpoint.steps(settings.out_dir) else "--init_from=scratch with ")
+            + ("--init_from=resume, " if checkpoint_file.steps(settings.out_dir) else "--init_from=scratch with ")
             + "--overwrite=True, or another --out_dir"
         )
 
@@ -50,14 +57,27 @@ def take_folder(run):
 
 
 def clear_folder(run):
-    """Delete from the folder the checkpoints and log lines past the step that the run resumes from; for a new run, all of an old run."""
-    later = [path for path in checkpoint.steps(run.out_dir) if path > checkpoint.step_path(run.out_dir, run.state.step)]
+    """Delete from the folder the checkpoints and metrics past the step that the run resumes from; for a new run, all of an old run.
+    Write the run's config.toml, unless there is one that train.py has not written."""
+    later = [path for path in checkpoint_file.steps(run.out_dir) if path > checkpoint_file.step_path(run.out_dir, run.state.step)]
     unfinished = [path for path in run.out_dir.glob(".*.tmp") if UNFINISHED.fullmatch(path.name)]
     for path in [*(later if run.resumed else files_of(run.out_dir)), *unfinished]:
         path.unlink()
+    if run.settings.overwrite:
+        (run.out_dir / LINES).unlink(missing_ok=True)
     for path, text in zip(run.logs, run.past):
         if text:
             with replacing(path) as temporary:
                 temporary.write_text(text)
         else:
             path.unlink(missing_ok=True)
+    path = run.out_dir / CONFIG
+    if not path.exists() or path.read_bytes().startswith(WRITTEN.encode()):
+        with replacing(path) as temporary:
+            temporary.write_text(config_text(run.settings, run.state.began), encoding="utf-8", errors="replace")
+
+
+def keep_line(out_dir, line):
+    """Add a line that the run prints to its log.txt."""
+    with open(Path(out_dir) / LINES, "a", encoding="utf-8", errors="replace") as file:
+        file.write(line + "\n")

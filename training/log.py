@@ -1,12 +1,14 @@
-"""What a run reports: metrics.jsonl, diagnostics.jsonl, the progress bar, Weights & Biases, and its line in the results file. Only
+"""What a run reports: metrics.jsonl, diagnostics.jsonl, log.txt, the progress bar, Weights & Biases, and its line in the results file. Only
 rank 0 writes."""
 
 import hashlib
 import json
 import math
+import shlex
 import sys
 import time
 from dataclasses import asdict
+from datetime import UTC, datetime
 
 import torch
 from tqdm import tqdm
@@ -16,7 +18,7 @@ from training import taumode
 from training.batches import to_device
 from training.config import changed_settings, config_hash
 from training.diagnostics import collapses, diagnose
-from training.folder import clear_folder, take_folder
+from training.folder import CONFIG, clear_folder, keep_line, take_folder
 from training.memory import peak_mem_mb
 
 PEAK_FLOPS = {
@@ -41,7 +43,8 @@ class Log:
             take_folder(run)
             self.wandb = wandb_run(run) if run.settings.wandb_log else None
             clear_folder(run)
-            print(first_line(run))
+            for line in (*run.lines, first_line(run)):
+                self.print(line)
         self.progress = tqdm(
             total=run.settings.max_steps, initial=run.state.step, unit=" steps", disable=None if self.master else True, dynamic_ncols=True
         )
@@ -52,9 +55,15 @@ class Log:
     def elapsed_s(self):
         return time.perf_counter() - self.begin
 
-    def say(self, text):
+    def print(self, line, shown=True):
+        """Print a line, unless it is not to be shown, and keep it in log.txt."""
         if self.master:
-            self.progress.write(f"step {self.run.state.step:>5}: {text}")
+            keep_line(self.run.out_dir, line)
+            if shown:
+                tqdm.write(line)
+
+    def say(self, text, shown=True):
+        self.print(f"step {self.run.state.step:>5}: {text}", shown)
 
     def record(self, record):
         """Add a line to metrics.jsonl."""
@@ -98,8 +107,7 @@ class Log:
             text = f"loss {loss:.3f}, {speed:,.0f} tokens/s, {flops / 1e9:,.0f} GFLOP/s" + (
                 f", MFU {flops / WORLD / peak:.1%}" if peak else ""
             )
-            if self.progress.disable:  # without a terminal
-                self.say(text)
+            self.say(text, shown=self.progress.disable)  # without a terminal; the bar shows it, too
             self.progress.set_postfix_str(text, refresh=False)
         self.progress.update()
 
@@ -117,14 +125,18 @@ class Log:
         """Add the line of a finished run to the settings' results file."""
         run, settings, state = self.run, self.run.settings, self.run.state
         if self.master:
+            meta, laplacian = run.corpus.meta, digest_of(run.laplacian)
+            data = [meta["sha256"], meta["vocab_size"], meta["train"]["tokens"], meta["val"]["tokens"]]  # the text, and how it is divided
             append_line(
                 settings.results,
                 {
                     "run": settings.out_dir,
-                    "config": config_hash(settings, data_dir=run.state.data, laplacian=digest_of(run.laplacian), origin=state.origin),
+                    "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "config": config_hash(settings, data_dir=data, laplacian=laplacian, origin=state.origin),
                     "seed": settings.seed,
                     "commit": commit(),
                     "data": state.data[:12],
+                    "laplacian": laplacian,
                     "origin": state.origin,
                     "parameters": run.raw_model.parameter_count(),
                     "steps": state.step,
@@ -141,12 +153,13 @@ class Log:
         self.progress.close()
         if self.wandb is not None:
             self.wandb.finish()
-        if self.master:
-            print(
-                f"{run.out_dir}: best validation loss {state.best_loss:.4f}: python sample.py {run.out_dir} --prompt=TEXT samples from it"
-                if state.step == run.settings.max_steps
-                else f"{run.out_dir}: stopped and saved at step {state.step}: --init_from=resume goes on"
-            )
+        out_dir = shlex.quote(str(run.out_dir))
+        self.print(
+            f"{run.out_dir}: best validation loss {state.best_loss:.4f}: python sample.py {out_dir} --prompt=TEXT samples from it"
+            if state.step == run.settings.max_steps
+            else f"{run.out_dir}: stopped and saved at step {state.step}: --init_from=resume goes on: "
+            f"{'python' if WORLD == 1 else 'torchrun ...'} train.py {out_dir}/{CONFIG} --init_from=resume"
+        )
 
 
 def digest_of(laplacian):

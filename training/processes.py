@@ -14,9 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from common import RANK, WORLD, UserError
-
-RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # how often torchrun --max-restarts has restarted the processes
+from common import RANK, RESTARTS, WORLD, UserError
 
 
 @dataclass
@@ -54,6 +52,8 @@ def meet(device):
             raise UserError(
                 f"WORLD_SIZE = {WORLD} is set, but not {', '.join(missing)}: start the processes with torchrun, or unset WORLD_SIZE"
             )
+        if device.type not in ("cuda", "cpu"):
+            raise UserError(f"several processes cannot train on {device.type}: start one, without torchrun, or give --device=cpu")
         store = next(dist.rendezvous("env://"))[0]
         store = dist.PrefixStore(f"{RESTARTS}", store)  # torchrun's store outlives a restart and holds addresses of processes that died
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=RANK, world_size=WORLD)
@@ -69,7 +69,7 @@ def summed(values, device):
     """The sums over all processes of a list of numbers, as a list. Collective."""
     if WORLD == 1:
         return values
-    values = torch.tensor(values, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    values = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(values)
     return values.tolist()
 
@@ -93,6 +93,8 @@ def wrapped(model, device, shard, compile):
         for part in (*model.blocks, model):
             fully_shard(part, mesh=mesh, reshard_after_forward=True)  # so that no gathered copy outlives an update of the weights
     model.to(device)
+    if compile and RANK == 0:
+        print("compile = True: the model is compiled in its first step, which may take minutes ...", file=sys.stderr)
     called = torch.compile(model) if compile and can_compile(device) else model
     if shard == "ddp" and WORLD > 1:
         called = DistributedDataParallel(called, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)

@@ -1,25 +1,27 @@
 """The run that a command line asks for. Every mistake that a user can make is found here, before anything is written."""
 
+import hashlib
 import math
 import os
 import zipfile
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from common import LOCAL_RANK, RANK, WORLD, UserError, choose_device, first_line
+from common import LOCAL_RANK, RANK, WORLD, UserError, choose_device, first_line, waiting
 from data.corpus import Corpus
 from data.laplacian import load_laplacian
 from model import INIT_STD, ModelConfig, Tauformer
 from training import checkpoint, optim, processes, taumode
 from training.batches import step_batches
 from training.checkpoint import RunState
-from training.config import COMMAND_LINE, Settings, go_on_with
+from training.config import COMMAND_LINE, Settings, go_on_with, model_settings
 from training.evaluation import validation_starts
-from training.folder import LOGS, lines_until, only_looks, refuse_to_replace
+from training.folder import LOGS, lines_until, only_looks
+from training.inputs import check_laplacian_exists
 
 
 @dataclass
@@ -35,11 +37,13 @@ class Run:
     model: torch.nn.Module  # raw_model as a training step calls it: compiled, in DDP
     laplacian: torch.Tensor | None
     optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # of the loss in float16; does nothing in another dtype
     ema: list | None  # running means of the weights, in the order of parameters()
     windows: np.ndarray  # where the validation windows begin
     state: RunState
     resumed: bool
     past: list  # the text of each log up to the step that the run resumes from
+    lines: list  # that name the settings of a resumed run which are not as they were
     ahead: dict = field(default_factory=dict)  # the next step's first batch, by (step, micro), on its way to the device
 
     @property
@@ -64,14 +68,14 @@ class Run:
         return range(RANK, self.settings.grad_accum_steps, WORLD)
 
     def autocast(self):
-        return torch.autocast(self.device.type, self.dtype) if self.dtype is torch.bfloat16 else nullcontext()
+        return nullcontext() if self.dtype is torch.float32 else torch.autocast(self.device.type, self.dtype)
 
 
 def start(settings, given):
     """The Run, with tau and weights as it starts or resumes. Raises UserError for a user's mistake. Collective."""
-    choose_init_from(settings)
     file = {name: getattr(settings, name) for name, where in given.items() if where != COMMAND_LINE}
-    stored, state, lines = None, RunState(file=file), []
+    began = {name: getattr(settings, name) for name in ("init_from", "laplacian") if name in given}
+    stored, state, lines = None, RunState(file=file, began=began), []
     if settings.init_from == "resume":
         stored = checkpoint.to_resume(settings.out_dir)
         state = RunState.of(stored[2])
@@ -100,14 +104,10 @@ def start(settings, given):
     raw_model, laplacian, origin = started_model(settings, given, corpus, stored)
     state.origin = state.origin if stored else origin
     for name, value in model_settings(settings).items():  # of a run that starts from a checkpoint
-        if name != "n_kv_head" or value:
-            setattr(settings, name, getattr(raw_model.config, name))
-    if RANK == 0 and lines and not only_looks(settings):
-        print("\n".join(lines))
-    refuse_to_replace(settings, stored is not None)
+        real = getattr(raw_model.config, name)
+        if name != "n_kv_head" or value or real != raw_model.config.n_head:  # 0 stands for n_head
+            setattr(settings, name, real)
     past = [lines_until(Path(settings.out_dir) / name, state.step) if state.step and not only_looks(settings) else "" for name in LOGS]
-    if settings.eval_only and settings.init_from == "scratch":
-        raise UserError("eval_only needs a trained model: give --init_from=resume or --init_from=OUT_DIR")
 
     processes.meet(device)
     model = processes.wrapped(raw_model, device, settings.shard, settings.compile)
@@ -121,49 +121,42 @@ def start(settings, given):
         model,
         laplacian,
         optimizer=optim.optimizer_of(raw_model, settings),
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype is torch.float16),
         ema=None,
         windows=validation_starts(corpus, settings, raw_model.config.block_size),
         state=state,
         resumed=stored is not None,
         past=past,
+        lines=lines,
     )
     if raw_model.config.attention == "tau" and not (run.resumed or settings.eval_only):
-        with run.autocast():
+        with waiting(f"measuring tau on the first batch, {run.tokens_per_step:,} tokens"), run.autocast():
             taumode.calibrate(raw_model, step_batches(run), settings)
     if settings.ema_decay:
         run.ema = [weight.detach().clone() for weight in raw_model.parameters()]
     if run.resumed and run.state.step:
         checkpoint.restore(raw_model, run.optimizer, run.ema, *stored[:2])
+        if state.scaler:
+            run.scaler.load_state_dict(state.scaler)
     return run
 
 
 def choose_dtype(name, device):
+    """The torch.dtype of the setting dtype. Raises UserError for float16 on other devices than CUDA and a CPU."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if name == "float16" and device.type not in ("cuda", "cpu"):
+        raise UserError(f"dtype = 'float16' is for a CUDA device or a CPU, not {device.type}: leave it out, which is float32 there")
     return getattr(torch, name)
-
-
-def choose_init_from(settings):
-    """Turn "auto" into "resume" or "scratch"; after a restart by torchrun, resume."""
-    if settings.overwrite and settings.init_from in ("auto", "resume"):
-        raise UserError(f"overwrite = True starts a run anew, init_from = {settings.init_from!r} goes on with it: leave one out")
-    if (settings.init_from == "auto" or processes.RESTARTS) and checkpoint.steps(settings.out_dir):
-        settings.init_from = "resume"
-    elif settings.init_from == "auto":
-        settings.init_from = "scratch"
 
 
 def domain_laplacian(settings):
     """The (F, F) float64 tensor of the settings' Laplacian file; None for dot. Raises UserError if there is no such file."""
     if settings.attention == "dot":
         return None
-    if not os.path.exists(settings.laplacian):
-        raise UserError(
-            f"no Laplacian at {settings.laplacian}: make it with `python data/embed.py {settings.data_dir} "
-            f"--dim={settings.n_embd}` and `python build_laplacian.py {settings.data_dir}/embeddings.npy "
-            f"--out={settings.laplacian}`, or, for a corpus of one document, a chain with `python build_laplacian.py "
-            f"--graph=chain --dim={settings.n_embd // settings.n_head} --out={settings.laplacian}`"
-        )
+    check_laplacian_exists(settings)
     return torch.from_numpy(load_laplacian(settings.laplacian))
 
 
@@ -171,7 +164,7 @@ def started_model(settings, given, corpus, stored):
     """(model, laplacian, origin): the model to start with, and what its weights began as. stored: of a run that is resumed, its
     checkpoint's (path, tensors, header)."""
     if settings.init_from == "scratch":
-        return *new_model(settings, corpus), "scratch"
+        return new_model(settings, corpus)
     resume = stored is not None
     if resume:
         path, tensors, header = stored
@@ -185,6 +178,8 @@ def started_model(settings, given, corpus, stored):
         )
     changes = changes_of(settings, given, path, header)
     laplacian = own = tensors.get("laplacian")
+    if not resume and "laplacian" not in given:
+        settings.laplacian = ""  # the checkpoint's own
     if "laplacian" in given and own is not None and (os.path.exists(settings.laplacian) or not resume or settings.eval_only):
         laplacian = domain_laplacian(settings)
         if resume and not settings.eval_only and not torch.equal(laplacian, own):
@@ -197,20 +192,16 @@ def started_model(settings, given, corpus, stored):
     return model, laplacian, header["sha256"][:12]
 
 
-def model_settings(settings):
-    return {f.name: getattr(settings, f.name) for f in fields(ModelConfig) if f.name != "vocab_size"}
-
-
 def new_model(settings, corpus):
-    """(model, laplacian) of a run from scratch. Raises UserError if the model does not fit into memory."""
-    laplacian = domain_laplacian(settings)
+    """(model, laplacian, origin) of a run from scratch. Raises UserError if the model does not fit into memory."""
+    laplacian, origin = domain_laplacian(settings), "scratch"
     config = ModelConfig(vocab_size=corpus.vocab_size, **model_settings(settings))
     check_length(settings, corpus, config.block_size)
     try:
         model = Tauformer(config, laplacian)
         if settings.embedding_init == "domain":
-            start_embedding(model, Path(settings.data_dir) / "token_embeddings.npy")
-        return model, laplacian
+            origin = start_embedding(model, Path(settings.data_dir) / "token_embeddings.npy")
+        return model, laplacian, origin
     except (RuntimeError, MemoryError) as error:
         raise UserError(
             f"the model does not fit into memory: lower n_layer = {config.n_layer} or n_embd = {config.n_embd} ({first_line(error)})"
@@ -238,7 +229,8 @@ def changes_of(settings, given, path, header):
 @torch.no_grad()
 def start_embedding(model, path):
     """Give every token's embedding the direction of its row in a file (V, F), F = n_embd, and the length that random ones
-    have on average; a token whose row is zero keeps its random vector. Raises UserError for a file that does not fit."""
+    have on average; a token whose row is zero keeps its random vector. Returns a hash of the vectors. Raises UserError for a file that
+    does not fit."""
     if not path.exists():
         raise UserError(f'embedding_init = "domain" needs {path}: make it with `python data/embed.py {path.parent} --overwrite`')
     try:
@@ -255,6 +247,7 @@ def start_embedding(model, path):
         )
     length = vectors.norm(dim=1, keepdim=True)
     weight.copy_(torch.where(length > 0, vectors * (INIT_STD * math.sqrt(weight.size(1)) / length.clamp_min(1e-30)), weight))
+    return hashlib.sha256(vectors.numpy().tobytes()).hexdigest()[:12]
 
 
 def check_length(settings, corpus, T):

@@ -1,10 +1,11 @@
 """The CVE list as it is released, a folder or zip of CVE JSON 5.x records -> documents.jsonl -> train.bin, val.bin,
 tokenizer.json, meta.json.
 
-A record is [CVE number, title or "(no title)", English description]; several descriptions are joined. Rejected and reserved
+A record is [CVE number, title or "(no title)", English description, stripped]; several are joined. Rejected and reserved
 records and those without a description are counted and left out, as are files of other programs (`__MACOSX`, `._NAME`). A
 release of the CVE list is a zip inside a zip; it is read as it is."""
 
+import io
 import json
 import shutil
 import sys
@@ -16,19 +17,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common import UserError, run
-from data import corpus
-
-
-def is_foreign(name):
-    return any(part == "__MACOSX" or part.startswith("._") for part in Path(name).parts)
+from common import UserError, decoded, run
+from data import corpus, sources
 
 
 def json_files(source, left_out):
     """Yield (name, bytes) of every .json file in a folder or a zip, and in zips inside the zip; left_out counts other programs' files."""
     if source.is_dir():
         for path in sorted(source.rglob("*.json")):
-            if is_foreign(path.relative_to(source)):
+            if sources.is_foreign(path.relative_to(source)):
                 left_out("files of other programs", str(path))
             else:
                 yield str(path), path.read_bytes()
@@ -36,7 +33,7 @@ def json_files(source, left_out):
     try:
         with zipfile.ZipFile(source) as archive:
             for name in sorted(archive.namelist()):
-                if name.endswith((".json", ".zip")) and is_foreign(name):
+                if name.endswith((".json", ".zip")) and sources.is_foreign(name):
                     left_out("files of other programs", f"{source}/{name}")
                 elif name.endswith(".json"):
                     yield f"{source}/{name}", archive.read(name)
@@ -50,10 +47,10 @@ def json_files(source, left_out):
 
 
 def records(source, left_out):
-    """Yield the published records; left_out, a corpus.LeftOut, counts the others by reason."""
+    """Yield the published records; left_out, a sources.LeftOut, counts the others by reason."""
     for name, content in tqdm(json_files(source, left_out), desc="reading CVE records", unit=" files", disable=None):
         try:
-            record = json.loads(content)
+            record = json.loads("".join(decoded(io.BytesIO(content), name)))
             if not isinstance(record, dict) or "cveMetadata" not in record:
                 left_out("not a CVE record", name)
                 continue
@@ -67,7 +64,7 @@ def records(source, left_out):
             if not isinstance(number, str) or not isinstance(title, str):
                 raise TypeError("cveId and title are texts")
         except (ValueError, RecursionError) as error:
-            left_out.bad(name, f"not JSON: {error}")
+            left_out.bad(name, error if isinstance(error, UserError) else f"not JSON: {error}")
             continue
         except (KeyError, TypeError, AttributeError) as error:
             left_out.bad(name, f"not a CVE record of JSON schema 5.x ({type(error).__name__}: {error})")
@@ -84,7 +81,7 @@ def main():
     args = options.parse_args()
     if not args.source.exists():
         raise UserError(f"{args.source} does not exist: download a release of github.com/CVEProject/cvelistV5")
-    left_out = corpus.LeftOut(args.skip_bad)
+    left_out = sources.LeftOut(args.skip_bad)
     corpus.prepare_records(records(args.source, left_out), args.source, args)
     left_out.report()
 

@@ -7,22 +7,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common import UserError, run
-from data import corpus
+from common import run
+from data import corpus, sources
 
 DATASET = "Skylion007/openwebtext"
 REVISION = "refs/pr/22"  # the same in parquet: its main branch was a script, which `datasets` no longer runs
-
-
-def parquet_texts(path):
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(columns=["text"]):
-            yield from (corpus.record_text({"text": text}) for text in batch["text"].to_pylist() if text)
-    except (pyarrow.ArrowException, KeyError, ValueError, OSError) as error:
-        raise UserError(f"{path} is not a parquet file with a column of texts: {error}") from None
 
 
 def main():
@@ -30,14 +19,14 @@ def main():
     options.set_defaults(tokenizer="gpt2", val_fraction=0.0005)
     options.add_argument("file", nargs="?", type=Path, metavar="FILE", help="the texts, if you have them")
     args = options.parse_args()
-    left_out = corpus.LeftOut(args.skip_bad)
+    left_out = sources.LeftOut(args.skip_bad)
     if args.file is None:
-        dataset = corpus.hub_dataset(DATASET, REVISION)["train"]
-        texts = lambda: (row["text"] for row in dataset)
+        dataset = sources.hub_dataset(DATASET, REVISION)
+        texts = lambda: sources.dataset(dataset, DATASET, "text", left_out)
     elif args.file.suffix == ".parquet":
-        texts = lambda: parquet_texts(args.file)
+        texts = lambda: sources.parquet(args.file, args.file, "text", left_out)
     else:
-        texts = lambda: corpus.read_jsonl([args.file], left_out)
+        texts = lambda: sources.read_jsonl([args.file], left_out)
     corpus.prepare(texts, args.file or DATASET, args)
     left_out.report()
 

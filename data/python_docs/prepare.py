@@ -2,7 +2,7 @@
 
 Two sources, neither of which needs a network: the reference topics behind `help()` (pydoc_data.topics) and the doc-strings of
 the standard library's modules, classes and functions, read from its source text; nothing is imported or run.
-A record is [dotted name, its definition's first line, doc-string]. The text depends on the Python version."""
+A record is [dotted name, its definition's first line, doc-string, stripped]. The text depends on the Python version."""
 
 import ast
 import platform
@@ -10,6 +10,8 @@ import sys
 import sysconfig
 from pathlib import Path
 from pydoc_data.topics import topics
+
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import run
@@ -24,7 +26,7 @@ def records():
     for name, body in sorted(topics.items()):
         yield {"text": [name, "Python topic", body.strip()]}
     library, seen = Path(sysconfig.get_path("stdlib")), set()
-    for path in sorted(library.rglob("*.py")):
+    for path in tqdm(sorted(library.rglob("*.py")), desc="reading doc-strings", unit=" files", disable=None):
         parts = path.relative_to(library).with_suffix("").parts
         if LEFT_OUT.intersection(parts) or parts[0].startswith("config-"):
             continue
@@ -37,7 +39,7 @@ def records():
             docstring = ast.get_docstring(node)
             if docstring and len(docstring) >= SHORTEST and docstring not in seen:
                 seen.add(docstring)
-                yield {"text": [name, title(node, module), docstring]}
+                yield {"text": [name, title(node, module), docstring.rstrip()]}
 
 
 def definitions(node, name):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import run
-from data import corpus
+from data import corpus, sources
 
 DATASET = "karpathy/tiny_shakespeare"
 REVISION = "refs/convert/parquet"  # its main branch is a script, which `datasets` no longer runs
@@ -19,11 +19,11 @@ def main():
     options.add_argument("file", nargs="?", type=Path, metavar="FILE", help="the text, if you have it")
     args = options.parse_args()
     if args.file:
-        text = corpus.read_text(args.file)
+        pieces = lambda: sources.text_pieces(args.file)
     else:
-        splits = corpus.hub_dataset(DATASET, REVISION)
-        text = "".join("".join(splits[name]["text"]) for name in ("train", "validation", "test"))
-    corpus.prepare(lambda: [text] if text else [], args.file or DATASET, args, one_document=True)
+        splits = sources.hub_dataset(DATASET, REVISION)
+        pieces = lambda: (text for name in ("train", "validation", "test") for text in splits[name]["text"])
+    corpus.prepare(pieces, args.file or DATASET, args, one_document=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from conftest import ROOT, fails, ok
 from matplotlib.image import imread
 
 import build_laplacian
+import data.embeddings
 from build_laplacian import load_laplacian, neighbour_graph, save_laplacian
 from common import UserError
 
@@ -81,7 +83,7 @@ def test_every_form_of_embeddings_gives_the_same(tmp_path, monkeypatch):
     write_lists(tmp_path / "shards" / "b.parquet", X[90:120], pyarrow.list_(pyarrow.float32()))
     write_columns(tmp_path / "shards" / "c.parquet", X[120:])
     for rows in (7, 4096):
-        monkeypatch.setattr(build_laplacian, "CHUNK_ROWS", rows)
+        monkeypatch.setattr(data.embeddings, "CHUNK_ROWS", rows)
         for path in (*forms, tmp_path / "shards"):
             found, count = gram(path)
             assert count == 200 and (found == X.T @ X).all(), path
@@ -301,33 +303,55 @@ def broken(L, what):
         "past its": {"row": np.full(n, 10**6, np.uint64)},
         "features; 1 to": {"n_rows": np.full(n, 10**12, np.uint64), "n_cols": np.full(n, 10**12, np.uint64)},
         "twice": {"row": np.zeros(n, np.uint64)},
+        "row holds a null": {"row": pyarrow.array([None, *range(n - 1)], pyarrow.uint64())},
+        "value holds a null": {"value": pyarrow.array([*L[np.nonzero(L)][:-1], None])},
+        "not a Laplacian file": {"col": np.full(n, -1)},
         "it announces": {"nnz": np.full(n, 5, np.uint64)},
         "one number on every row": {"n_rows": np.arange(n).astype(np.uint64)},
     }.get(what, {})
     return coordinate_table(L, **changes)
 
 
-@pytest.mark.parametrize(
-    "what",
-    [
-        "not symmetric",
-        "a row sums to",
-        "not positive semi-definite",
-        "NaN",
-        "not connected",
-        "not square",
-        "no column value",
-        "past its",
-        "features; 1 to",
-        "twice",
-        "it announces",
-        "one number on every row",
-    ],
-)
-def test_damaged_laplacian(tmp_path, what):
-    pyarrow.parquet.write_table(broken(by_definition(embeddings()), what), tmp_path / "l.parquet")
-    with pytest.raises(UserError, match=what):
-        load_laplacian(tmp_path / "l.parquet")
+def test_damaged_laplacian(tmp_path):
+    """Each with its own line; of an entry that is wrong, the row of the file."""
+    L = by_definition(embeddings())
+    for what, row in (
+        ("not symmetric", ""),
+        ("a row sums to", ""),
+        ("not positive semi-definite", ""),
+        ("NaN", "in row 0 its entry at \\(0, 0\\) is"),
+        ("not connected", ""),
+        ("not square", ""),
+        ("no column value", ""),
+        ("past its", "in row 0 it has an entry at \\(1000000, 0\\)"),
+        ("features; 1 to", ""),
+        ("twice", "in row 12 it has the entry"),
+        ("it announces", ""),
+        ("one number on every row", ""),
+        ("row holds a null", "in row 0 its column"),
+        ("value holds a null", f"in row {np.count_nonzero(L) - 1} its column"),
+        ("not a Laplacian file", "-1"),
+    ):
+        pyarrow.parquet.write_table(broken(L, what), tmp_path / "l.parquet")
+        with pytest.raises(UserError, match=what) as error:
+            load_laplacian(tmp_path / "l.parquet")
+        assert re.search(row, str(error.value)), (what, error.value)
+
+
+def test_what_is_no_laplacian(tmp_path):
+    (tmp_path / "folder.parquet").mkdir()
+    (tmp_path / "lfs.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    np.save(tmp_path / "e.npy", embeddings())
+    (tmp_path / "e.npy").rename(tmp_path / "npy.parquet")
+    pyarrow.parquet.write_table(pyarrow.table([[1], [2]], names=["row", "row"]), tmp_path / "two.parquet")
+    for name, expected in (
+        ("folder", "is a folder"),
+        ("lfs", "git lfs pull"),
+        ("npy", r"it is \.npy"),
+        ("two", "two columns called 'row'"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            load_laplacian(tmp_path / f"{name}.parquet")
 
 
 def test_truncated_laplacian(tmp_path):
@@ -377,6 +401,8 @@ def nan_embeddings(path):
         (["wide.npy", "--out=l.parquet"], "20000 features"),
         (["turned", "--out=l.parquet"], "same order"),
         (["--graph=chain", "--dim=8", "--center", "--out=l.parquet"], "--center needs"),
+        (["--graph=chain", "--dim=8", "--column=e", "--out=l.parquet"], "--column needs EMBEDDINGS"),
+        (["e.npy", "--column=e", "--out=l.parquet"], "--column=e: e.npy has no named arrays"),
         (["e.npy", "--n_head=3", "--out=l.parquet"], "is for --inspect"),
         (["--inspect=chain.parquet", "--out=nowhere/l.png"], "nowhere"),
         (["--inspect=absent.parquet"], "absent.parquet does not exist"),

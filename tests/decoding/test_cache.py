@@ -5,8 +5,9 @@ import torch
 from test_model import ALL, random_laplacian
 
 from common import UserError
-from decoding.cache import BLOCK, SEGMENT, ExactCache, StreamCache, segments
-from model import ModelConfig, Tauformer
+from decoding.cache import BLOCK, SEGMENT, ExactCache, StreamCache, decode, segments
+from decoding.stream import stream
+from model import ModelConfig, Tauformer, energy
 from ops.attention import tau_attention
 
 FORMS = [dict(), dict(temperature=0.01), dict(temperature=0.05) | ALL, dict(temperature=0.1, forget="slope", key_bias=True)]
@@ -50,9 +51,10 @@ def stream_config(**more):
     return ModelConfig(block_size=64, vocab_size=50, n_layer=1, n_head=2, n_kv_head=1, n_embd=16, **more)
 
 
+@pytest.mark.parametrize("step", ["compiled", "plain torch"])
 @pytest.mark.parametrize("temperature", [1.0, 0.03, 0.001])
 @pytest.mark.parametrize("terms", [False, True])
-def test_streams_error_is_within_its_bound(temperature, terms):
+def test_streams_error_is_within_its_bound(temperature, terms, step):
     """|out - exact| <= h share max|v - out|, share the weight of the query's own bin, in float64 by hand."""
     torch.manual_seed(0)
     T, D = 300, 8
@@ -60,6 +62,8 @@ def test_streams_error_is_within_its_bound(temperature, terms):
     temperatures = torch.tensor([temperature, temperature * 1.5], dtype=torch.float64)
     log_decay, bias = (-0.1 * torch.rand(1, 2, T), torch.randn(1, 1, T)) if terms else (None, None)
     cache = StreamCache(stream_config())
+    if step == "plain torch":
+        cache.step = stream
     attend = cache.attend(0, tau_attention)
     parts = [
         attend(
@@ -95,6 +99,30 @@ def test_streams_state_does_not_grow_and_keeps_its_cap(monkeypatch):
             model(torch.randint(50, (1, 200)), cache=cache)
     assert cache.length == 664 and cache.nbytes() == before < 230_000
     assert cache.width > 1 / StreamCache.BINS * 1.5
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_stream_is_the_same_in_plain_torch(form, tmp_path):
+    """And a session that was begun with one goes on with the other; a bias of 50 rescales the state."""
+    model, idx = model_and_tokens(400, **form)
+    compiled, plain = StreamCache(model.config), StreamCache(model.config)
+    plain.step, plain.energy = stream, energy
+    with torch.no_grad():
+        for start, stop in ((0, 1), (1, 200), *((t, t + 1) for t in range(200, 300))):
+            logits = [model(idx[:, start:stop], cache=cache) for cache in (compiled, plain)]
+            torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-4)
+            if stop == 250:
+                compiled.save(tmp_path / "session", "hash")
+                plain.save(tmp_path / "other", "hash")
+                compiled = StreamCache.load(tmp_path / "other", model.config, "hash")
+                plain = StreamCache.load(tmp_path / "session", model.config, "hash")
+                plain.step, plain.energy = stream, energy
+    state = torch.zeros(1, 10, 2, 9), torch.full((1, 2), -torch.inf, dtype=torch.float64)
+    other, first = tuple(x.clone() for x in state), torch.tensor([0, 4, 10])
+    for bias in (0.0, 50.0, -3.0, 90.0):
+        tokens = torch.rand(1, 2, 3), torch.rand(1, 1, 3), torch.randn(1, 1, 3, 8), -torch.rand(1, 2, 3).double()
+        tokens += torch.tensor([[[0, bias, 1]]]).double(), torch.tensor([0.3, 0.1]).double(), first
+        torch.testing.assert_close(decode().stream(*tokens, *state), stream(*tokens, *other), atol=1e-5, rtol=1e-5)
 
 
 def test_bins_go_to_the_heads_that_want_few_first():

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="triton has no build for this system")
 from test_attention import FACTORS, inputs, pairwise, table_inputs, value_and_gradients
 
 from benchmarks.attention import cuda_seconds, operator
-from ops import attention_triton, fused_triton
+from ops import attention_grid, attention_triton, fused_triton
 from ops.attention import Tree, fast_attention, tau_attention
 from ops.attention_triton import KEYS_BLOCK, LEVEL_TILE, QUERIES_BLOCK, TILES, reaches
 
@@ -70,10 +70,10 @@ def expected_of(row, arguments):
 
 
 @pytest.mark.parametrize("row", list(pairwise(SHORT)), ids=lambda row: "-".join(str(value) for value in row.values()))
-def test_equals_reference(row):
+def test_equals_reference(row, impl="triton"):
     inputs = untied_inputs(row)
     expected = expected_of(row, inputs)
-    results = value_and_gradients(inputs, "triton", torch.float32)
+    results = value_and_gradients(inputs, impl, torch.float32)
     tolerance = {name: 1e-5 + 2**-24 * logit(row) for name in NAMES} | {"temperature": 1e-3}  # float32 rounds logits
     if row["log_decay"] == "head":
         tolerance["log_decay"] = 1e-4  # sums T^2 / 2 lags
@@ -82,6 +82,33 @@ def test_equals_reference(row):
             continue
         error, size = (ours - theirs).abs().max().item(), max(theirs.abs().max().item(), one_term(row, name))
         assert error <= tolerance[name] * size, (name, error, size)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Chunks of 64 tokens and 16 bins, so that short sequences have several of each."""
+    monkeypatch.setattr(attention_grid, "sizes", lambda T: (64, 16))
+
+
+GRID_ROWS = [row for row in pairwise(SHORT) if row["T"] >= 63 and row["D"] < 80][1::2] + [
+    dict(T=1, D=16, heads=(1, 2), temperature=0.05, lambdas="uniform", log_decay="token", key_bias=True),
+    dict(T=700, D=16, heads=(1, 2), temperature=0.001, lambdas="uniform", log_decay=None, key_bias=True),
+    dict(T=200, D=16, heads=(2, 4), temperature=10.0, lambdas="uniform", log_decay="token", key_bias=False),
+]
+
+
+@pytest.mark.parametrize("row", GRID_ROWS, ids=lambda row: "-".join(str(value) for value in row.values()))
+def test_grid_equals_reference(row, few):
+    test_equals_reference(row, "grid")
+
+
+def test_grid_of_half_precision(few):
+    row = dict(T=200, D=64, heads=(1, 2), temperature=0.02, lambdas="uniform", log_decay="token", key_bias=True)
+    test_values_of_half_precision(row, torch.bfloat16, "grid")
+
+
+def test_grid_same_bits_again(few):
+    test_same_bits_again("grid")
 
 
 @pytest.mark.parametrize("log_decay", [None, "token"])
@@ -99,9 +126,9 @@ def test_lambdas_as_far_apart_as_factors_go_and_farther(log_decay, dtype, tolera
             assert error <= tolerance * size, (name, error, size)
 
 
-def test_same_bits_again():
+def test_same_bits_again(impl="triton"):
     arguments = table_inputs(100, 16, (1, 2), 0.05, "uniform", "token", True)
-    once, again = (value_and_gradients(on_device(arguments), "triton", torch.float32) for _ in range(2))
+    once, again = (value_and_gradients(on_device(arguments), impl, torch.float32) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(once, again))
 
 
@@ -120,10 +147,10 @@ def test_other_tiles(tile, monkeypatch):
 @pytest.mark.parametrize(
     "row", [row for row in pairwise(SHORT) if row["T"] >= 63][::5], ids=lambda row: "-".join(str(value) for value in row.values())
 )
-def test_values_of_half_precision(row, dtype):
+def test_values_of_half_precision(row, dtype, impl="triton"):
     lambda_q, lambda_k, v, *rest = untied_inputs(row)
     inputs = [lambda_q, lambda_k, v.to(dtype).float(), *rest]
-    for name, ours, theirs in zip(NAMES, mixed(inputs, "triton", dtype), mixed(inputs, "naive", torch.float64), strict=True):
+    for name, ours, theirs in zip(NAMES, mixed(inputs, impl, dtype), mixed(inputs, "naive", torch.float64), strict=True):
         if theirs is None or name == "temperature" or row["lambdas"] in ("all equal", "half equal") and name.startswith("lambda"):
             continue
         error, size = (ours.double() - theirs).abs().max().item(), max(theirs.abs().max().item(), one_term(row, name))

@@ -145,3 +145,22 @@ def test_gpu_30m_in_pieces(copy):
     )
     assert 'PARTS="d"' in run(PARTS="d", returncode=2)
     assert "data/none/train.bin does not exist" in run(DATA="data/none", returncode=2)
+
+
+def test_gpu_bench_refuses_what_it_cannot_do(copy, tmp_path):
+    """And hands on the status of what it runs: here there is no GPU, or a package is missing."""
+    (tmp_path / "python3").write_text("#!/bin/sh\nexit 2\n")
+    (tmp_path / "python3").chmod(0o755)
+    for variables, code, line in (
+        ({"LIMIT": "1m"}, 2, "LIMIT=1m must be seconds"),
+        ({"PARTS": "steps all"}, 2, 'PARTS="steps all" must be of'),
+        ({"PARTS": "tests", "LIMIT": "10"}, 0, ""),
+        ({"PARTS": "steps"}, 1, "steps: exit code 2"),
+    ):
+        done = subprocess.run(
+            ["bash", copy / "runs" / "gpu_bench.sh"],
+            env=os.environ | {"PYTHON": str(tmp_path / "python3")} | variables,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == code and line in done.stderr, (variables, done)

@@ -1,8 +1,10 @@
 """The domain's vectors for tokens and texts, and what is done with them."""
 
+import hashlib
 import json
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from conftest import fails, metrics, ok
@@ -15,6 +17,7 @@ from build_laplacian import load_laplacian
 from data.corpus import Corpus
 from data.embed import lsa, lsa_embeddings, lsa_token_embeddings, token_strings
 from studies.energy import auc, energies
+from training import checkpoint
 
 TEXTS = [f"the {animal} eats {food} and the {animal} sleeps" for animal in ("cat", "dog", "hen") for food in ("fish", "corn", "meat")]
 
@@ -55,6 +58,8 @@ def test_training_starts_from_the_domains_token_vectors(here):
     ok("train.py", "small.toml", "--max_steps=0", "--out_dir=n", cwd=here)
     started, normal = (last(here / name)["model.embedding.weight"] for name in "dn")
     vectors = torch.from_numpy(np.load(here / "docs" / "token_embeddings.npy"))
+    origins = [checkpoint.read(here / name / "step_00000000.safetensors")[1]["run"]["origin"] for name in "dn"]
+    assert origins == [hashlib.sha256(vectors.numpy().tobytes()).hexdigest()[:12], "scratch"]  # the hash of what it began with
     known = vectors.norm(dim=1) > 0
     assert 0 < known.sum() < len(known)
     torch.testing.assert_close(torch.nn.functional.cosine_similarity(started[known], vectors[known]), torch.ones(int(known.sum())))
@@ -116,8 +121,10 @@ def test_energies_of_texts(here, work):
     assert out.index("most typical") < out.index(f"{np.nanmin(E):8.4f}") < out.index("least typical") < out.index(f"{np.nanmax(E):8.4f}")
     assert imread(here / "mine.energies.png").std() > 0.05
 
-    np.save(here / "x.npy", x)
-    again = ok("data/energy.py", "mine.jsonl", "--laplacian=docs/laplacian.parquet", "--embeddings=x.npy", "--out=again.jsonl", cwd=here)
+    columns = {"id": range(len(x)), "title": list(x[::-1]), "body": list(x)}
+    pyarrow.parquet.write_table(pyarrow.table(columns), here / "x.parquet")
+    given = ["--embeddings=x.parquet", "--column=body"]
+    again = ok("data/energy.py", "mine.jsonl", "--laplacian=docs/laplacian.parquet", *given, "--out=again.jsonl", cwd=here)
     assert f"p50 {np.median(E[known]):.4f}" in again
     held_out = ok("data/energy.py", f"{work}/docs", "--laplacian=docs/laplacian.parquet", "--embeddings=docs", "--out=v.jsonl", cwd=here)
     assert f"p50 {np.median(E[known]):.4f}" in held_out
@@ -140,6 +147,9 @@ def test_energies_of_texts(here, work):
         (["mine.jsonl", "--embeddings=few.npy"], "few.npy has 2 rows, mine.jsonl has 3 documents"),
         (["mine.jsonl", "--embeddings=narrow.npy"], "narrow.npy has 5 features, docs/laplacian.parquet has 32"),
         (["mine.jsonl", "--embeddings=nan.npy"], "row 1 holds NaN"),
+        (["mine.jsonl", "--embeddings=lfs.safetensors"], "lfs.safetensors is a Git LFS pointer"),
+        (["mine.jsonl", "--column=e"], "--column=e is for files of embeddings: docs is none"),
+        (["mine.jsonl", "--embeddings=absent.npz"], "absent.npz does not exist"),
         (["mine.jsonl", "--embeddings=zero.npy"], "every embedding"),
         (["mine.jsonl", "--laplacian=absent.parquet"], "absent.parquet"),
         (["mine.jsonl", "--embeddings=torn"], "torn/lsa.npz is damaged"),
@@ -162,6 +172,7 @@ def test_mistakes_with_texts(here, args, expected):
         ("nan", np.array([1, np.nan, 1])[:, None] * np.ones((3, 32))),
     ):
         np.save(here / f"{name}.npy", x)
+    (here / "lfs.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
     (here / "torn").mkdir()
     (here / "torn" / "lsa.npz").write_bytes((here / "docs" / "lsa.npz").read_bytes()[:-100])
     given = " ".join(args)

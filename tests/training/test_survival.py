@@ -53,6 +53,7 @@ def test_a_signal_saves_and_ends(here, number):
     out, err = process.communicate(timeout=60)
     step = checkpoint.read(checkpoint.steps(here / "s")[0])[1]["run"]["step"]
     assert process.returncode == 0 and f"stopped and saved at step {step}: --init_from=resume goes on" in out
+    assert out.endswith("python train.py s/config.toml --init_from=resume\n")
     assert step > 1 and step - metrics(here / "s")[-1]["step"] < 2  # log_interval
 
 
@@ -91,7 +92,7 @@ def test_interrupted_run_equals_an_unbroken_one(here, work):
     process = start(here, "--max_steps=20", "--checkpoint_interval=10", "--eval_interval=5", wait=3)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
-    ok("train.py", "small.toml", "--out_dir=s", "--init_from=resume", cwd=here)
+    ok("train.py", "s/config.toml", "--init_from=resume", cwd=here)
     assert untimed(metrics(here / "s")) == untimed(metrics(work / "out" / "small"))
     before = (here / "s" / "metrics.jsonl").read_bytes()
     assert "nothing to do" in ok("train.py", "small.toml", "--out_dir=s", "--init_from=resume", cwd=here)
@@ -352,10 +353,12 @@ def test_output_that_nobody_reads_does_not_stop_training(here):
 def test_only_the_runs_own_files_go(here):
     ok("train.py", "small.toml", "--max_steps=2", "--out_dir=s", cwd=here)
     theirs = [here / "s" / name for name in (".notes.tmp", "step_final.safetensors", "step_1.safetensors", ".best.safetensors.tmp")]
+    theirs.append(here / "s/config.toml")
     for path in theirs:
         path.write_text("mine")
     (here / "s/.best.safetensors.123.tmp").write_text("unfinished")
-    ok("train.py", "small.toml", "--max_steps=2", "--out_dir=s", "--overwrite=True", cwd=here)
+    out = ok("train.py", "small.toml", "--max_steps=2", "--out_dir=s", "--overwrite=True", cwd=here)
+    assert (here / "s/log.txt").read_text() == out
     assert all(path.read_text() == "mine" for path in theirs) and not (here / "s/.best.safetensors.123.tmp").exists()
 
 
