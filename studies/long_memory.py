@@ -190,13 +190,19 @@ def draw_accuracies(records, path):
 
 def main():
     options = Parser(__doc__)
-    options.add_argument("configs", nargs="*", type=Path, metavar="CONFIG.toml")
-    options.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    options.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="SEED")
-    options.add_argument("--steps", type=int, default=2000)
-    options.add_argument("--batch_size", type=int, default=32)
-    options.add_argument("--learning_rate", type=float, default=3e-3)
-    options.add_argument("--results", type=Path, default=Path("results/my_long_memory.jsonl"), metavar="RESULTS.jsonl")
+    options.add_argument("configs", nargs="*", type=Path, metavar="CONFIG.toml", help="models to train (none: show the results)")
+    options.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="(default: all)")
+    options.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="SEED", help="(default: 1 2 3)")
+    options.add_argument("--steps", type=int, default=2000, help="of training (default: %(default)s)")
+    options.add_argument("--batch_size", type=int, default=32, help="(default: %(default)s)")
+    options.add_argument("--learning_rate", type=float, default=3e-3, help="(default: %(default)s)")
+    options.add_argument(
+        "--results",
+        type=Path,
+        default=Path("results/my_long_memory.jsonl"),
+        metavar="RESULTS.jsonl",
+        help="file to which each run adds a line, and which is shown (default: %(default)s)",
+    )
     options.add_argument("--figure", type=Path, metavar="FILE.png", help="draw them")
     options.add_argument("--overwrite", action="store_true", help="replace a figure that is there already")
     args = options.parse_args()
