@@ -13,6 +13,7 @@ build of a Laplacian.
 What is compared runs in turn, and medians are reported, because a machine is seldom quiet. Tables and figures go to
 results/my_*; those that came with the repository, of the same names without "my_", are never overwritten."""
 
+from common import Parser, UserError, run  # isort: skip, for it tells of packages that are missing
 import torch
 
 from benchmarks.accuracy import bench_curves, bench_precision
@@ -21,7 +22,6 @@ from benchmarks.decoding import bench_context, bench_decode
 from benchmarks.kernels import bench_triton
 from benchmarks.laplacian import bench_laplacian
 from benchmarks.training import bench_train_step
-from common import Parser, UserError, run
 
 BENCHMARKS = {
     "attention": bench_attention,

@@ -16,13 +16,13 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from common import RANK, ROOT, WORLD, Parser, UserError, check_place, commit, refuse_existing, run  # isort: skip, for it tells of packages that are missing
 import numpy as np
 import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 from tqdm import tqdm
 
-from common import RANK, ROOT, WORLD, Parser, UserError, check_place, commit, refuse_existing, run
 from data.laplacian import MOST_FEATURES, check_laplacian, components, laplacian_of, load_laplacian, save_laplacian
 
 CHUNK_ROWS = 4096

@@ -11,6 +11,7 @@
 from functools import partial
 from pathlib import Path
 
+from common import NUMBER, Parser, UserError, check_place, read_lines, replacing, run  # isort: skip, for it tells of packages that are missing
 import matplotlib
 
 matplotlib.use("agg")
@@ -18,7 +19,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from common import NUMBER, Parser, UserError, check_place, read_lines, replacing, run
 from data import tokenizer as tokenizers
 from data.laplacian import load_laplacian
 from model import head_laplacians, kron_reduction

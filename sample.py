@@ -15,11 +15,11 @@ import sys
 import time
 from pathlib import Path
 
+from common import Parser, UserError, choose_device, read_text, run  # isort: skip, for it tells of packages that are missing
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import Parser, UserError, choose_device, read_text, run
 from data import tokenizer as tokenizers
 from decoding.cache import StreamCache, make_cache
 from decoding.generate import PIECE, decode_n_tokens, for_decoding

@@ -14,10 +14,10 @@ import time
 from contextlib import nullcontext
 from datetime import timedelta
 
+import common  # isort: skip, for it tells of packages that are missing
 import numpy as np
 import torch
 
-import common
 from common import RANK, WORLD
 from training import checkpoint, memory, optim, processes, taumode
 from training.batches import batch_of, step_batches
