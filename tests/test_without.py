@@ -17,7 +17,7 @@ def test_a_package_that_is_missing_is_named_in_one_line_by_what_needs_it(here):
         return subprocess.run([sys.executable, ROOT / script, *args], cwd=here, capture_output=True, text=True, env=environment)
 
     prepare = ("data/jsonl/prepare.py", "a.jsonl", "--out_dir=new")
-    train = ("train.py", "small.toml", "--max_steps=1", "--eval_iters=1", "--out_dir=new")
+    train = ("train.py", "small.toml", "--max_steps=1", "--warmup_steps=0", "--eval_iters=1", "--out_dir=new")
     for package, module, *command in (
         ("numpy", "numpy", "build_laplacian.py", "--graph=chain", "--dim=4", "--out=new"),
         ("pyarrow", "pyarrow", "build_laplacian.py", "--graph=chain", "--dim=4", "--out=new"),

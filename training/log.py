@@ -38,8 +38,6 @@ class Log:
         """Lock the output folder for this process, and delete from it what is not of this run."""
         self.run, self.master, self.wandb = run, RANK == 0, None
         if self.master:
-            if run.settings.wandb_log:
-                import wandb  # noqa: F401  if it is missing, the folder is not made
             take_folder(run)
             self.wandb = wandb_run(run) if run.settings.wandb_log else None
             clear_folder(run)

@@ -70,6 +70,8 @@ class Run:
 def start(settings, given):
     """The Run, with tau and weights as it starts or resumes. Raises UserError for a user's mistake. Collective."""
     choose_init_from(settings)
+    if settings.wandb_log:
+        import wandb  # noqa: F401  (so that it is known now if it is missing)
     file = {name: getattr(settings, name) for name, where in given.items() if where != COMMAND_LINE}
     stored, state, lines = None, RunState(file=file), []
     if settings.init_from == "resume":
@@ -135,6 +137,26 @@ def start(settings, given):
     if run.resumed and run.state.step:
         checkpoint.restore(raw_model, run.optimizer, run.ema, *stored[:2])
     return run
+
+
+def doubts(run):
+    """Yield what will hardly be meant in the settings of a run, a line each."""
+    settings, count = run.settings, {split: run.corpus.meta[split]["documents"] for split in ("train", "val")}
+    steps, decay = settings.max_steps, settings.lr_decay_steps
+    if count["val"] == 1 < count["train"]:
+        yield f"validation is on one document of {settings.data_dir}: a larger --val_fraction when it is prepared gives more"
+    if steps and settings.warmup_steps >= steps:
+        yield f"warmup_steps = {settings.warmup_steps} fills max_steps = {steps}: learning_rate = {settings.learning_rate} is not reached"
+    if steps and settings.lr_schedule == "cosine" and not 0.5 <= decay / steps <= 1.5:
+        yield f"lr_decay_steps = {decay} is far from max_steps = {steps}: --lr_decay_steps={steps} lets the learning rate end at its lowest"
+    if steps and settings.lr_schedule == "plateau" and settings.plateau_patience * settings.eval_interval >= steps:
+        yield (
+            f"the plateau rule needs more than {settings.plateau_patience} x {settings.eval_interval} steps (plateau_patience x "
+            f"eval_interval) to act, max_steps = {steps}: the learning rate stays {settings.learning_rate}"
+        )
+    passes = steps * run.tokens_per_step / len(run.corpus.train)
+    if passes > 10:
+        yield f"max_steps = {steps} are {passes:.0f} passes over {len(run.corpus.train):,} tokens: the model may learn them by heart"
 
 
 def choose_dtype(name, device):
