@@ -38,6 +38,7 @@ SCRIPTS = (
     ("equal_time.sh", ["a.jsonl", "1"], {}),
     ("gpu_30m.sh", [], {"DATA": "data/ready"}),
     ("multinode.sh", ["2", "head:1", "8", "a.toml"], {}),
+    ("own_text.sh", ["a.jsonl"], {}),
     ("quickstart.sh", [], {}),
     ("shakespeare_char.sh", ["a.jsonl"], {}),
     ("slurm.sbatch", ["a.toml"], {}),
