@@ -348,9 +348,11 @@ def compiled(source, namespace):
     digest = hashlib.sha256((source.read_text() + torch.__version__ + platform.processor() + flags).encode()).hexdigest()[:16]
     path, name = os.environ.get("PATH", os.defpath), f"{namespace}_{digest}"
     try:
-        folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root(), name).expanduser()  # "~" is left without a home
+        folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root(), name)
+        if "~" in folder.parts:
+            raise OSError("there is no home folder")
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         raise RuntimeError(f"{first_line(error)} (TORCH_EXTENSIONS_DIR may name a folder for it)") from None
     os.environ["PATH"] = ninja.BIN_DIR + os.pathsep + path
     try:

@@ -1,10 +1,14 @@
-"""What the programs reach for and may not find: packages."""
+"""What the programs reach for and may not find: packages, a folder for what is compiled. (tests/runs/test_quickstart.py: programs.)"""
 
 import os
+import pwd
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
+
+from ops.attention import compiled
 
 
 def test_a_package_that_is_missing_is_named_in_one_line_by_what_needs_it(here):
@@ -43,3 +47,20 @@ def test_a_package_that_is_missing_is_named_in_one_line_by_what_needs_it(here):
     assert (
         done.stderr.startswith("tau attention on cpu: tree (attention.cpp could not be compiled: ") and len(done.stderr.splitlines()) == 1
     )
+
+
+def test_without_a_folder_for_what_is_compiled(tmp_path, monkeypatch):
+    def no_entry(user):
+        raise KeyError(user)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", os.devnull)
+    with pytest.raises(RuntimeError, match="Not a directory.*TORCH_EXTENSIONS_DIR may name a folder for it"):
+        compiled("ops/attention.cpp", "unused")
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    for name in ("HOME", "PATH", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", no_entry)  # as in a container with a number for a user
+    with pytest.raises(RuntimeError, match="no home folder.*TORCH_EXTENSIONS_DIR may name a folder for it"):
+        compiled("ops/attention.cpp", "unused")
+    assert not list(tmp_path.iterdir())
