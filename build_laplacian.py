@@ -15,10 +15,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from common import RANK, ROOT, WORLD, Parser, UserError, check_place, commit, refuse_existing, run  # isort: skip, for it tells of packages that are missing
 import numpy as np
 from tqdm import tqdm
 
-from common import RANK, ROOT, WORLD, Parser, UserError, check_place, commit, refuse_existing, run
 from data.embeddings import opened
 from data.laplacian import MOST_FEATURES, check_laplacian, components, laplacian_of, load_laplacian, save_laplacian
 

@@ -104,6 +104,19 @@ def meant(name, names, dashes=""):
     return f", did you mean {dashes}{near}?" if near else ""
 
 
+def package_missing(kind, error, trace):
+    """The excepthook: for a package of requirements.txt that is not installed, one line and exit code 2."""
+    name = (getattr(error, "name", None) or "").partition(".")[0]
+    name = "scikit-learn" if name == "sklearn" else name
+    if kind is ModuleNotFoundError and name in re.findall("^[a-z-]+", (ROOT / "requirements.txt").read_text(), re.MULTILINE):
+        print(f"{Path(sys.argv[0]).name}: error: {name} is not installed: pip install -r {ROOT / 'requirements.txt'}", file=sys.stderr)
+        sys.exit(2)
+    sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = package_missing
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are UserErrors, like every other mistake. Options may be written with - for _, and True or
     False may follow a flag."""

@@ -12,13 +12,13 @@ Without --out the figure goes into the first OUT_DIR, and one that plot.py has d
 from functools import partial
 from pathlib import Path
 
+from common import NUMBER, Parser, UserError, check_place, read_lines, replacing, run  # isort: skip, for it tells of packages that are missing
 import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from common import NUMBER, Parser, UserError, check_place, read_lines, replacing, run
 from data import tokenizer as tokenizers
 from data.laplacian import load_laplacian
 

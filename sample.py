@@ -16,9 +16,9 @@ import sys
 import time
 from pathlib import Path
 
+from common import Parser, UserError, choose_device, read_text, run, waiting  # isort: skip, for it tells of packages that are missing
 from tqdm import tqdm
 
-from common import Parser, UserError, choose_device, read_text, run, waiting
 from data import tokenizer as tokenizers
 from data.corpus import Corpus
 from data.sources import read_jsonl

@@ -15,9 +15,9 @@ import time
 from contextlib import nullcontext
 from datetime import timedelta
 
+import common  # isort: skip, for it tells of packages that are missing
 import numpy as np
 
-import common
 from common import RANK, WORLD, waiting
 from training import inputs
 
@@ -32,7 +32,7 @@ from training.evaluation import averaged, shown, validation_record
 from training.folder import keep_line, only_looks
 from training.log import Log, profiled
 from training.processes import no_sync, summed, whole
-from training.start import start
+from training.start import doubts, start
 
 LOWEST_SCALE = 0.03125  # lowest factor of the plateau rule: 5 halvings, the published run's last
 MEMORY = 0.98  # share of the losses' running mean that is kept per step: about the mean of 50 steps
@@ -54,10 +54,10 @@ def main(settings, given):
                     f"{run.out_dir} is at step {run.state.step} already: nothing to do; a greater --max_steps goes on, "
                     f"python plot.py {shlex.quote(str(run.out_dir))} draws it"
                 )
-        elif settings.dry_run:
-            dry_run(run, asked)
         else:
-            train(run, asked)
+            for line in doubts(run) if RANK == 0 else ():
+                print(f"train.py: warning: {line}", file=sys.stderr)
+            (dry_run if settings.dry_run else train)(run, asked)
     processes.part()
 
 

@@ -13,10 +13,10 @@ import zipfile
 from itertools import islice
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import Parser, UserError, refuse_existing, replacing, run, waiting  # isort: skip, for it tells of packages that are missing
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import Parser, UserError, refuse_existing, replacing, run, waiting
 from data.corpus import Corpus
 
 

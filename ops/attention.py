@@ -338,7 +338,7 @@ def load_walk():
 
 def compiled(source, namespace):
     """The torch.ops namespace of a C++ file, given by its path from the root: compiled for this machine's processor at first
-    use and kept in torch's extension cache."""
+    use and kept in torch's extension cache. Raises an error whose first line says why, if it cannot be."""
     import ninja
 
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns that CUDA is absent, which is not needed here
@@ -352,9 +352,14 @@ def compiled(source, namespace):
         else ""
     )
     digest = hashlib.sha256((source.read_text() + torch.__version__ + platform.processor() + flags).encode()).hexdigest()[:16]
-    path, name = os.environ["PATH"], f"{namespace}_{digest}"
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()) / name
-    folder.mkdir(parents=True, exist_ok=True)
+    path, name = os.environ.get("PATH", os.defpath), f"{namespace}_{digest}"
+    try:
+        folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root(), name)
+        if "~" in folder.parts:
+            raise OSError("there is no home folder")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RuntimeError(f"{first_line(error)} (TORCH_EXTENSIONS_DIR may name a folder for it)") from None
     os.environ["PATH"] = ninja.BIN_DIR + os.pathsep + path
     try:
         threads = ["-fopenmp"] if sys.platform == "linux" else []  # elsewhere one thread: torch ships no OpenMP headers
@@ -372,6 +377,11 @@ def compiled(source, namespace):
                 build_directory=str(folder),
                 is_python_module=False,
             )
+    except Exception as error:  # torch's says the whole command first
+        compiler = os.environ.get("CXX", "c++")
+        if not shutil.which((compiler.split() or [""])[0]):
+            raise RuntimeError(f"there is no C++ compiler {compiler}") from None
+        raise RuntimeError(next((line for line in str(error).splitlines() if "error:" in line), first_line(error))) from None
     finally:
         os.environ["PATH"] = path
     return getattr(torch.ops, namespace)

@@ -8,7 +8,7 @@
 [ $# -ge 1 ] || { echo 'usage: bash runs/context.sh FILE.jsonl' >&2; exit 2; }
 [ -f "$1" ] || { echo "runs/context.sh: $1 is not a file" >&2; exit 2; }
 jsonl=$(realpath "$1")
-. "$(dirname "$0")/setup.sh"
+. "$(dirname "$(realpath "$0")")/setup.sh"
 own=$(corpus_name "$jsonl")
 data=data/$own out=out/context/$own
 

@@ -16,7 +16,7 @@
 [ $# -ge 1 ] || { echo 'usage: bash runs/domain.sh FILE.jsonl ["SEEDS"]' >&2; exit 2; }
 [ -f "$1" ] || { echo "runs/domain.sh: $1 is not a file" >&2; exit 2; }
 text=$(realpath "$1") seeds=${2:-1 2 3}
-. "$(dirname "$0")/setup.sh"
+. "$(dirname "$(realpath "$0")")/setup.sh"
 name=$(own_name "${NAME:-domain}")
 numbers SEEDS "$seeds"
 own=$(corpus_name "$text")

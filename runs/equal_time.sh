@@ -11,7 +11,7 @@
 [ $# -ge 1 ] || { echo 'usage: bash runs/equal_time.sh FILE.jsonl ["SEEDS"]' >&2; exit 2; }
 [ -f "$1" ] || { echo "runs/equal_time.sh: $1 is not a file" >&2; exit 2; }
 text=$(realpath "$1") seeds=${2:-1 2 3}
-. "$(dirname "$0")/setup.sh"
+. "$(dirname "$(realpath "$0")")/setup.sh"
 numbers SECONDS_EACH "${SECONDS_EACH:=1200}"
 numbers SEEDS "$seeds"
 own=$(corpus_name "$text")

@@ -9,7 +9,7 @@
 # Metrics, samples and the table go to results/my_NAME (NAME=30m), checkpoints to out/gpu_30m. Options go to train.py. Needs no
 # network: it takes .venv if there is one, else the active python3 (or PYTHON).
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.."
 [[ ${LIMIT:=540} =~ ^[0-9]+$ ]] || { echo "$0: LIMIT=$LIMIT must be seconds" >&2; exit 2; }
 deadline=$((SECONDS + LIMIT))
 data=${DATA:-data/cve} results=results/my_${NAME:-30m} parts=${PARTS:-a b c} models="tau_30m dot_30m tau_30m_best dot_30m_best"

@@ -3,7 +3,7 @@
 # No network is needed once the packages are installed. What exists is used again; an interrupted training run goes on.
 # Options are handed on to train.py: bash runs/quickstart.sh --max_steps=100
 case " $* " in *" --out_dir"* | *" --out-dir"*) echo "$0: --out_dir cannot be given: the run goes to out/quickstart" >&2; exit 2 ;; esac
-. "$(dirname "$0")/setup.sh"
+. "$(dirname "$(realpath "$0")")/setup.sh"
 
 data=data/python_docs
 out=out/quickstart
@@ -13,6 +13,7 @@ out=out/quickstart
 [ -f $data/laplacian.parquet ] || show python build_laplacian.py $data/embeddings.npy --out=$data/laplacian.parquet
 
 show python train.py configs/quickstart.toml --init_from=auto "$@"
+[ -f $out/metrics.jsonl ] || exit 0  # --dry_run
 
 show python plot.py $out --overwrite
 show python sample.py $out --prompt="Return the" --max_new_tokens=120

@@ -2,7 +2,7 @@
 set -euo pipefail
 trap 'echo "$0: interrupted" >&2; exit 130' INT  # train.py has saved, and ends with 0
 trap 'exit 143' TERM
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.."
 python=${PYTHON:-python3}
 command -v "$python" > /dev/null || { echo "$python not found: set PYTHON to Python 3.11 or later" >&2; exit 2; }
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
@@ -10,7 +10,8 @@ command -v "$python" > /dev/null || { echo "$python not found: set PYTHON to Pyt
 [ -f .venv/bin/activate ] || "$python" -m venv .venv
 . .venv/bin/activate
 echo "installing requirements.txt into .venv ..."
-pip install --quiet --disable-pip-version-check --requirement requirements.txt
+python -c 'import pip' 2> /dev/null || python -m ensurepip > /dev/null  # as uv leaves it
+python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
 
 show() {  # COMMAND ...: prints the command, then runs it
     printf '\n$'; printf ' %q' "$@"; printf '\n'
@@ -45,7 +46,7 @@ END
     shift
     [ "$(cat "$output.made" 2> /dev/null)" != "$stamp" ] || again=--overwrite  # what a killed call has left
     if [ -e "$output" ]; then
-        [ -n "$again" ] || { echo "$0: $output was made otherwise, of another input or with other options: give DATA=ANOTHER_FOLDER" >&2; exit 2; }
+        [ -n "$again" ] || { echo "$0: $output was made otherwise, of another input or with other options: give ${elsewhere:-DATA=ANOTHER_FOLDER}" >&2; exit 2; }
         echo "$output: there already"
         return
     fi

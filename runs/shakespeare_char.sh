@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # tau against its dot-product twin on Tiny Shakespeare characters, nanoGPT's CPU recipe: about six minutes on two cores.
 # Give the text's file, or none to load it through `datasets`. The losses go to results/my_shakespeare_char_*.
+[ $# -eq 0 ] || [ -f "$1" ] || { echo "runs/shakespeare_char.sh: $1 is not a file" >&2; exit 2; }
 text=${1:+$(realpath "$1")}
-. "$(dirname "$0")/setup.sh"
+. "$(dirname "$(realpath "$0")")/setup.sh"
 
 data=data/shakespeare_char
 [ -f $data/meta.json ] || show python data/shakespeare_char/prepare.py ${text:+"$text"}

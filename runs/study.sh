@@ -13,7 +13,7 @@
 for file in "$1" ${TEXT:+"$TEXT"}; do [ -f "$file" ] || { echo "runs/study.sh: $file is not a file" >&2; exit 2; }; done
 jsonl=$(realpath "$1") text=${TEXT:+$(realpath "$TEXT")}
 shift
-. "$(dirname "$0")/setup.sh"
+. "$(dirname "$(realpath "$0")")/setup.sh"
 name=$(own_name "${NAME:-study}")
 numbers SEEDS "${SEEDS:=1 2 3}"
 numbers WORKERS "${WORKERS:=2}"

@@ -5,9 +5,10 @@
 #
 # The runs go to out/NAME/seed_S, their lines to results/my_NAME.jsonl. Finished runs are not repeated, an interrupted one goes on.
 [ $# -ge 3 ] || { echo 'usage: bash runs/sweep.sh NAME CONFIG.toml "SEEDS" [--key=value ...]' >&2; exit 2; }
+[ -f "$2" ] || { echo "runs/sweep.sh: $2 is not a file" >&2; exit 2; }
 name=$1 config=$(realpath "$2") seeds=$3
 shift 3
-. "$(dirname "$0")/setup.sh"
+. "$(dirname "$(realpath "$0")")/setup.sh"
 numbers SEEDS "$seeds"
 [[ $name =~ ^[A-Za-z0-9._-]+$ ]] || { echo "$0: NAME=$name must be letters, digits, dots, dashes and underscores" >&2; exit 2; }
 results=results/$(own_name "$name").jsonl

@@ -13,16 +13,17 @@
 [ -z "${LAPLACIAN:-}" ] || [ -f "$LAPLACIAN" ] || { echo "runs/tau_30m.sh: LAPLACIAN=$LAPLACIAN is not a file" >&2; exit 2; }
 case " $* " in *" --out_dir"* | *" --out-dir"*) echo "runs/tau_30m.sh: --out_dir cannot be given: each model has its own, out/MODEL" >&2; exit 2 ;; esac
 for model in ${MODELS:=tau_30m}; do
-    [ -f "$(dirname "$0")/../configs/$model.toml" ] || { echo "runs/tau_30m.sh: MODELS=\"$MODELS\": there is no configs/$model.toml" >&2; exit 2; }
+    [ -f "$(dirname "$(realpath "$0")")/../configs/$model.toml" ] || { echo "runs/tau_30m.sh: MODELS=\"$MODELS\": there is no configs/$model.toml" >&2; exit 2; }
 done
 corpus=$(realpath "$1") laplacian=${LAPLACIAN:+$(realpath "$LAPLACIAN")} data=${DATA:-data/cve}
 shift
-. "$(dirname "$0")/setup.sh"
+. "$(dirname "$(realpath "$0")")/setup.sh"
 [[ ${GPUS:=1} =~ ^[1248]$ ]] || { echo "$0: GPUS=$GPUS must be 1, 2, 4 or 8" >&2; exit 2; }
 
 embed() {  # with the published model; without it, LSA
-    show python data/embed.py "$data" --model=all-MiniLM-L6-v2 "$@" && return
-    [ $? -eq 2 ] || return 1
+    local status=0
+    show python data/embed.py "$data" --model=all-MiniLM-L6-v2 "$@" || status=$?
+    [ $status -eq 2 ] || return $status
     echo "so the features are those of latent semantic analysis, which needs no model"
     show python data/embed.py "$data" "$@"
 }
@@ -41,6 +42,7 @@ launch=python
 for model in $MODELS; do
     out=out/$model
     timed show $launch train.py configs/$model.toml --init_from=auto --data_dir="$data" --laplacian="$laplacian" "$@"
+    [ -f $out/metrics.jsonl ] || continue  # --dry_run
     [ $out/figure.png -nt $out/metrics.jsonl ] || timed show python plot.py $out results/published_30m --out=$out/figure.png --max_loss=6 --overwrite
     if [ ! $out/samples.txt -nt $out/best.safetensors ]; then
         timed show python sample.py $out --prompt="CVE-2026-" --max_new_tokens=120 --num_samples=3 --seed=1 | tee $out/samples.part
@@ -48,4 +50,6 @@ for model in $MODELS; do
     fi
 done
 echo
-for model in $MODELS; do echo "losses beside the published ones: out/$model/figure.png; samples: out/$model/samples.txt"; done
+for model in $MODELS; do
+    [ ! -f out/$model/figure.png ] || echo "losses beside the published ones: out/$model/figure.png; samples: out/$model/samples.txt"
+done

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The six strategies for tau on the quick start and on Tiny Shakespeare, three seeds each: 36 runs, about an hour and a
 # half on two cores. Needs what runs/quickstart.sh and runs/shakespeare_char.sh prepare. Finished runs are not repeated.
-. "$(dirname "$0")/setup.sh"
+. "$(dirname "$(realpath "$0")")/setup.sh"
 
 for mode in fixed mean percentile adaptive gradient learned; do
     for config in quickstart_published shakespeare_char_tau; do

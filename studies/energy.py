@@ -14,12 +14,12 @@ import sys
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import Parser, UserError, check_place, refuse_existing, replacing, run  # isort: skip, for it tells of packages that are missing
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import plot
-from common import Parser, UserError, check_place, refuse_existing, replacing, run
 from data.corpus import Corpus, read_jsonl
 from data.embed import lsa_embeddings, sentence_model
 from data.embeddings import READERS, all_rows, opened

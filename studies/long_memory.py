@@ -18,13 +18,13 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import Parser, UserError, append_line, check_place, commit, read_lines, replacing, run  # isort: skip, for it tells of packages that are missing
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import Parser, UserError, append_line, check_place, commit, read_lines, replacing, run
 from data.laplacian import laplacian_of
 from model import ModelConfig, Tauformer
 from training import optim, taumode

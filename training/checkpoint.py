@@ -7,6 +7,8 @@ import math
 import sys
 from dataclasses import asdict, dataclass, field, fields
 
+import safetensors.torch  # noqa: F401 (a run that could not save does not begin)
+
 from common import RANK, UserError
 from data import tokenizer as tokenizers
 from data.checkpoint_file import find, read, save, step_path, steps  # noqa: F401 (callers find and read checkpoints through this module)

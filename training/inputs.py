@@ -14,6 +14,8 @@ def asked(description):
     """(settings, given) of the command line, as parse() gives them. Raises UserError for a mistake in it, and for a corpus, Laplacian,
     checkpoint or output folder that a run by it cannot have."""
     settings, given = parse(description)
+    if settings.wandb_log:
+        import wandb  # noqa: F401  (so that it is known now if it is missing)
     choose_init_from(settings)
     refuse_to_replace(settings)
     if settings.eval_only and settings.init_from == "scratch":

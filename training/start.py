@@ -141,6 +141,26 @@ def start(settings, given):
     return run
 
 
+def doubts(run):
+    """Yield what will hardly be meant in the settings of a run, a line each."""
+    settings, count = run.settings, {split: run.corpus.meta[split]["documents"] for split in ("train", "val")}
+    steps, decay = settings.max_steps, settings.lr_decay_steps
+    if count["val"] == 1 < count["train"]:
+        yield f"validation is on one document of {settings.data_dir}: a larger --val_fraction when it is prepared gives more"
+    if steps and settings.warmup_steps >= steps:
+        yield f"warmup_steps = {settings.warmup_steps} fills max_steps = {steps}: learning_rate = {settings.learning_rate} is not reached"
+    if steps and settings.lr_schedule == "cosine" and not 0.5 <= decay / steps <= 1.5:
+        yield f"lr_decay_steps = {decay} is far from max_steps = {steps}: --lr_decay_steps={steps} lets the learning rate end at its lowest"
+    if steps and settings.lr_schedule == "plateau" and settings.plateau_patience * settings.eval_interval >= steps:
+        yield (
+            f"the plateau rule needs more than {settings.plateau_patience} x {settings.eval_interval} steps (plateau_patience x "
+            f"eval_interval) to act, max_steps = {steps}: the learning rate stays {settings.learning_rate}"
+        )
+    tokens = len(run.corpus.train) * settings.train_fraction
+    if (passes := steps * run.tokens_per_step / tokens) > 10:
+        yield f"max_steps = {steps} are {passes:.0f} passes over {tokens:,.0f} tokens: the model may learn them by heart"
+
+
 def choose_dtype(name, device):
     """The torch.dtype of the setting dtype. Raises UserError for float16 on other devices than CUDA and a CPU."""
     if name == "auto":

@@ -14,10 +14,10 @@ import zipfile
 import zlib
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from common import UserError, decoded, run  # isort: skip, for it tells of packages that are missing
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common import UserError, decoded, run
 from data import corpus, sources
 
 

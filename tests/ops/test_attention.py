@@ -306,7 +306,7 @@ def test_without_a_compiler_the_fallback_is_announced(tmp_path):
         env={**os.environ, "CXX": "no-such-compiler", "TORCH_EXTENSIONS_DIR": str(tmp_path)},
     )
     assert done.returncode == 0, done.stderr
-    assert "tree (attention.cpp could not be compiled" in done.stderr
+    assert "tree (attention.cpp could not be compiled: there is no C++ compiler no-such-compiler)" in done.stderr
 
 
 @pytest.mark.cuda

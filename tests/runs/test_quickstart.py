@@ -7,8 +7,8 @@ import sys
 from conftest import ROOT, metrics
 
 
-def test_quickstart_and_study_in_a_fresh_copy_then_again(tmp_path):
-    """The whole scripts, the trainings cut to 20 and 4 steps, with the packages that are installed here."""
+def fresh_copy(tmp_path):
+    """A checkout in which nothing is made yet, with the packages that are installed here."""
     copy = tmp_path / "copy"
     shutil.copytree(
         ROOT,
@@ -29,12 +29,44 @@ def test_quickstart_and_study_in_a_fresh_copy_then_again(tmp_path):
         ),
     )
     (copy / ".venv").symlink_to(sys.prefix)
+    return copy
+
+
+def test_quickstart_and_study_in_a_fresh_copy_then_again(tmp_path):
+    """The whole scripts, the trainings cut to 20 and 4 steps, with the packages that are installed here; the quick start with nothing
+    else: Python, a shell and a few programs that every system has, no compiler, no git, no home."""
+    copy = fresh_copy(tmp_path)
+    bare = tmp_path / "bin"
+    bare.mkdir()
+    (bare / "python3").symlink_to(sys._base_executable)
+    for program in ("bash", "sh", "basename", "cat", "dirname", "mkdir", "realpath"):
+        (bare / program).symlink_to(shutil.which(program))
 
     def quickstart():
         done = subprocess.run(
-            ["bash", "runs/quickstart.sh", "--max_steps=20", "--eval_interval=10"], cwd=copy, capture_output=True, text=True, env=os.environ
+            [
+                "bash",
+                "runs/quickstart.sh",
+                "--max_steps=20",
+                "--eval_interval=10",
+                "--eval_iters=2",
+                "--warmup_steps=5",
+                "--lr_decay_steps=20",
+            ],
+            cwd=copy,
+            capture_output=True,
+            text=True,
+            env={
+                "PATH": str(bare),
+                "HOME": os.devnull,
+                "TMPDIR": os.devnull,
+                "TORCH_EXTENSIONS_DIR": str(tmp_path / "compiled"),
+                "TQDM_DISABLE": "1",
+            },
         )
         assert done.returncode == 0, done.stderr
+        said = "".join(line for line in done.stderr.splitlines(keepends=True) if "atplotlib" not in line)  # it has no home for its cache
+        assert said == "exact cache: a token reads all before it, for decode.cpp could not be compiled: there is no C++ compiler c++\n"
         return done.stdout
 
     out = quickstart()
@@ -85,3 +117,31 @@ def test_quickstart_and_study_in_a_fresh_copy_then_again(tmp_path):
     config.write_text(config.read_text().replace("max_steps = 4", "max_steps = -4"))
     failed = study("dot", SEEDS="2")
     assert failed.returncode == 1 and "out/my_study/python_docs/dot/2: failed" in failed.stderr and "max_steps" in failed.stdout
+
+
+def test_own_text(tmp_path):
+    copy = fresh_copy(tmp_path)
+    (copy / "mine.jsonl").write_text("".join(f'{{"text": "record {i} of a text of mine"}}\n' for i in range(200)))
+
+    def own_text(*args, **settings):
+        done = subprocess.run(["bash", "runs/own_text.sh", *args], cwd=copy, capture_output=True, text=True, env=os.environ | settings)
+        return done.returncode, done.stdout, done.stderr.splitlines()[-1:]
+
+    status, out, said = own_text("mine.jsonl", "--max_steps=2", "--eval_iters=1", "--val_fraction=0.2")
+    assert status == 0, said
+    assert "features=16 " not in out and "max_steps=2 " in out and "--val_fraction=0.1 --val_fraction=0.2" in out
+    assert (copy / "out/my_mine/figure.png").exists() and metrics(copy / "out/my_mine")[-1]["step"] == 2
+    assert "$ python sample.py out/my_mine " in out and out.endswith("more: python sample.py out/my_mine --prompt=TEXT\n")
+    for args, settings, expected in (
+        (
+            ["README.md"],
+            {"NAME": "mine"},
+            "data/my_mine/meta.json was made otherwise, of another input or with other options: give NAME",
+        ),
+        (["README.md"], {"NAME": "a b"}, "NAME=a b must be letters"),
+        (["absent"], {}, "absent is no file or folder"),
+        (["--out_dir=x", "README.md"], {}, "--out_dir cannot be given"),
+        ([], {}, "usage"),
+    ):
+        status, _, said = own_text(*args, **settings)
+        assert status == 2 and expected in said[0], said

@@ -1,0 +1,32 @@
+import pytest
+
+from common import UserError
+from data import sizes
+
+
+def chosen(train, val, documents, words, **given):
+    return {name: value for name, value, _ in sizes.of_corpus(train, val, documents, words, given)}
+
+
+def test_sizes_follow_the_amount_of_text():
+    assert [sizes.of_files(size)[0][1] for size in (0, 400_000, 3_000_000, 10**11)] == [320, 512, 4096, 8192]
+    few = chosen(114, 15, 9, 18)
+    assert (few["features"], few["n_embd"], few["n_head"], few["block_size"], few["max_steps"]) == (8, 64, 8, 8, 100)
+    records = chosen(850_000, 43_000, 9_500, 13_000)
+    assert (records["features"], records["n_embd"], records["block_size"], records["max_steps"]) == (128, 128, 128, 1000)
+    books = chosen(850_000, 43_000, 40, 13_000)
+    assert (books["graph"], books["features"], books["n_embd"]) == ("domain", 16, 128)  # those of a head, for every head
+    for documents, words in ((1, 0), (9_500, 0), (9_500, 16), (16, 13_000)):
+        assert (chosen(850_000, 43_000, documents, words)["graph"]) == "chain"
+    *_, seen = [why for name, _, why in sizes.of_corpus(30_000_000, 1_000_000, 200_000, 50_000, {}) if name == "max_steps"]
+    assert "6.8% of the text is seen; --max_steps=14649 sees all of it once" in seen
+    longer = chosen(850_000, 43_000, 9_500, 13_000, max_steps=5000, n_embd=256, block_size=64)
+    assert (longer["features"], longer["lr_decay_steps"], longer["warmup_steps"], longer["block_size"]) == (256, 5000, 500, 64)
+    assert chosen(850_000, 43_000, 9_500, 13_000, max_steps=0, n_head=0, batch_size=0)["lr_decay_steps"] == 1  # train.py refuses these
+    with pytest.raises(UserError, match="12 tokens to train on and 15 for validation are too few"):
+        sizes.of_corpus(12, 15, 2, 3, {})
+
+
+def test_common_words_are_those_of_two_texts():
+    assert sizes.common_words(["a cat sat", "the cat sat", "the dog"]) == 3
+    assert sizes.common_words(["one", "two"]) == sizes.common_words(["", ""]) == 0

@@ -1,0 +1,56 @@
+import tomllib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import ROOT, run_script
+
+from training.config import Settings
+from training.start import doubts
+
+
+def said(tokens=1_000_000, documents=(1000, 50), **settings):
+    settings = Settings(**settings)
+    step = settings.grad_accum_steps * settings.batch_size * settings.block_size
+    meta = {"train": {"documents": documents[0]}, "val": {"documents": documents[1]}}
+    corpus = SimpleNamespace(meta=meta, train=np.broadcast_to(np.uint16(0), tokens))
+    return list(doubts(SimpleNamespace(settings=settings, corpus=corpus, tokens_per_step=step)))
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
+def test_shipped_configs_raise_no_doubts(config):
+    if config.stem != "equal_time":  # which runs until its time is up
+        assert not said(tokens=2**36, **tomllib.loads(config.read_text()))
+        assert not said(tokens=2**36, documents=(1, 1), **tomllib.loads(config.read_text()))  # one running text
+
+
+def test_doubts():
+    cosine = dict(lr_schedule="cosine", batch_size=1, grad_accum_steps=1, block_size=8, warmup_steps=10, max_steps=100)
+    for settings, expected in (
+        (dict(cosine, lr_decay_steps=100), ""),
+        (dict(cosine, lr_decay_steps=140), ""),
+        (dict(cosine, lr_decay_steps=100, documents=(1, 1)), ""),
+        (dict(cosine, lr_decay_steps=100, documents=(2, 1)), "validation is on one document of data/python_docs"),
+        (dict(cosine, lr_decay_steps=1000), "lr_decay_steps = 1000 is far from max_steps = 100: --lr_decay_steps=100"),
+        (dict(cosine, lr_decay_steps=20), "lr_decay_steps = 20 is far from"),
+        (dict(cosine, lr_decay_steps=110, warmup_steps=100), "warmup_steps = 100 fills max_steps = 100"),
+        (dict(cosine, lr_decay_steps=100, tokens=80), ""),
+        (dict(cosine, lr_decay_steps=100, tokens=70), "max_steps = 100 are 11 passes over 70 tokens"),
+        (dict(cosine, lr_schedule="plateau", plateau_patience=2, eval_interval=50), "needs more than 2 x 50 steps"),
+        (dict(cosine, lr_schedule="plateau", plateau_patience=2, eval_interval=49), ""),
+        (dict(cosine, lr_schedule="constant", lr_decay_steps=5, max_steps=0), ""),
+    ):
+        lines = said(**settings)
+        assert len(lines) == bool(expected) and expected in "".join(lines), (settings, lines)
+
+
+def test_doubts_are_said_on_standard_error_but_for_eval_only(here, work):
+    done = run_script("train.py", "small.toml", "--dry_run=True", "--max_steps=5", cwd=here)
+    assert done.returncode == 0 and done.stderr.splitlines() == [
+        "train.py: warning: warmup_steps = 5 fills max_steps = 5: learning_rate = 0.003 is not reached",
+        *(line for line in done.stderr.splitlines() if "plateau rule" in line),
+    ]
+    done = run_script(
+        "train.py", "small.toml", "--eval_only=True", "--max_steps=5", f"--init_from={work / 'out/small'}", "--out_dir=x", cwd=here
+    )
+    assert done.returncode == 0 and not done.stderr
