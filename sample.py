@@ -313,7 +313,7 @@ def main():
 
         how["cache"] = make_cache("stream", model.config, model.head.weight.device)
         if args.session.exists():
-            how["cache"] = StreamCache.load(args.session, model.config, model.sha256, model.head.weight.device)
+            how["cache"] = StreamCache.load(args.session, model, model.sha256)
     prompts = prompts_of(args)
 
     terminal = sys.stdout.isatty()

@@ -246,17 +246,29 @@ class StreamCache(Cache):
         checkpoint_file.save(path, tensors, {"session": {"length": self.length, "pending": self.pending, "model": model_hash}})
 
     @classmethod
-    def load(cls, path, config, model_hash, device="cpu"):
-        """The StreamCache that save() wrote, on whichever device. Raises UserError if the file is damaged or of another model."""
+    def load(cls, path, model, model_hash):
+        """The StreamCache that save() wrote, on the model's device. Raises UserError if the file is damaged or of another model."""
         tensors, header = checkpoint_file.load(path, ["session"], "session of sample.py")
-        cache, session = cls(config, device), header["session"]
+        config, device, session = model.config, model.head.weight.device, header["session"]
+        cache, alike = cls(config, device), cls(config, device)
         if session.get("model") != model_hash:
             raise UserError(f"{path} is of another model")
-        cache.length, cache.pending = session["length"], session["pending"]
-        for key, x in tensors.items():
-            kind, layer, name = key.split(".")
-            dtype = finest(torch.device(device)) if name == "scale" else x.dtype
-            getattr(cache, kind)[int(layer), name] = x.to(device, dtype)
+        try:
+            cache.length, cache.pending = int(session["length"]), [int(token) for token in session["pending"]]
+            for key, x in tensors.items():
+                kind, layer, name = key.split(".")
+                dtype = finest(device) if name == "scale" else x.dtype
+                getattr(cache, kind)[int(layer), name] = x.to(device, dtype)
+            if cache.length:  # what recent() keeps is no longer than this
+                size = cache.kept[0, "state"].size(0), min(cache.length, max(config.conv, config.local_window))
+                with torch.no_grad():
+                    model(torch.zeros(size, dtype=torch.long, device=device), cache=alike)
+            shapes = [{key: (x.shape, x.dtype) for key, x in (other.kept | other.last).items()} for other in (cache, alike)]
+            firsts = [[x.tolist() for (_, name), x in sorted(other.kept.items()) if name == "first"] for other in (cache, alike)]
+            if shapes[0] != shapes[1] or firsts[0] != firsts[1] or not all(0 <= token < config.vocab_size for token in cache.pending):
+                raise ValueError("its state is not that of this model")
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is damaged, or no session of sample.py ({error})") from None
         return cache
 
 

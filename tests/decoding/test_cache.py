@@ -114,8 +114,8 @@ def test_stream_is_the_same_in_plain_torch(form, tmp_path):
             if stop == 250:
                 compiled.save(tmp_path / "session", "hash")
                 plain.save(tmp_path / "other", "hash")
-                compiled = StreamCache.load(tmp_path / "other", model.config, "hash")
-                plain = StreamCache.load(tmp_path / "session", model.config, "hash")
+                compiled = StreamCache.load(tmp_path / "other", model, "hash")
+                plain = StreamCache.load(tmp_path / "session", model, "hash")
                 plain.step, plain.energy = stream, energy
     state = torch.zeros(1, 10, 2, 9), torch.full((1, 2), -torch.inf, dtype=torch.float64)
     other, first = tuple(x.clone() for x in state), torch.tensor([0, 4, 10])
@@ -139,13 +139,13 @@ def test_a_stream_of_another_model_is_refused(tmp_path):
     with torch.no_grad():
         model(idx, cache=cache)
     cache.save(tmp_path / "s", "hash")
-    again = StreamCache.load(tmp_path / "s", model.config, "hash")
+    again = StreamCache.load(tmp_path / "s", model, "hash")
     assert again.length == 20 and all(torch.equal(again.kept[key], x) for key, x in cache.kept.items())
     with pytest.raises(UserError, match="another model"):
-        StreamCache.load(tmp_path / "s", model.config, "of other weights")
+        StreamCache.load(tmp_path / "s", model, "of other weights")
     (tmp_path / "s").write_bytes((tmp_path / "s").read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match="damaged"):
-        StreamCache.load(tmp_path / "s", model.config, "hash")
+        StreamCache.load(tmp_path / "s", model, "hash")
 
 
 @pytest.mark.parametrize("change", [lambda x: x + 1, lambda x: -x, lambda x: x * float("nan")])
