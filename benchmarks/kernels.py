@@ -1,4 +1,4 @@
-"""The registers and shared memory that the GPU kernels take; needs no GPU."""
+"""The registers and shared memory that the GPU kernels take, each with every tile that autotuning may choose; needs no GPU."""
 
 import multiprocessing
 import os
@@ -15,18 +15,28 @@ from common import UserError
 SHARED_KB = {80: 163, 90: 227}  # available to a block of threads, by compute capability
 
 
+FLOAT64 = "temperature decay bias lse grad_weight x w scale new_scale receiver_w source_w scales table_scales".split()
+FLOAT32 = (
+    "lambda_q lambda_k receiver_x source_x source_one middle factors grad_q grad_k moment values total diff weight sums ones table "
+    "table_ones losses"
+).split()
+INT32 = "reach receiver_order receiver_start receiver_bin source_order source_start source_bin".split()
+VALUES = "v source out spread grad dout logits".split()  # of the dtype of the values
+
+
 def kernel_resources(what):
-    """What ptxas says of a kernel. what: its name in attention_triton, tile, head size, dtype of the values, whether with decay and
-    bias, whether of the backward pass, compute capability."""
+    """What ptxas says of a kernel. what: its name, (M, N, warps, stages, registers), head size, dtype of the values, whether with decay
+    and bias, whether of the backward pass, compute capability. M and N are the tile, whatever the kernel calls its sides."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
 
-    from ops import attention_triton
+    from ops import attention_grid, attention_triton, fused_triton
 
     name, (M, N, warps, stages, registers), width, values, terms, backward, capability = what
-    kernel = triton.jit(getattr(attention_triton, name))
+    module = next(module for module in (attention_triton, attention_grid, fused_triton) if hasattr(module, name))
+    kernel = triton.jit(getattr(module, name))
     constants = {
         "D": width,
         "WIDTH": width,
@@ -34,33 +44,33 @@ def kernel_resources(what):
         "HALF": values == "fp16",
         "INTERPRET": False,
         "BACKWARD": backward,
+        "DECAY": terms,
         "BLOCK": M,
         "M": M,
+        "KB": M,
         "N": N,
         "C": M,
         "COLS": N,
+        "ONE": M > fused_triton.BLOCK,
+        "CAPPED": True,
+        "NEEDS_GRAD": True,
     }
-    if name != "level_kernel":
-        constants |= dict.fromkeys(("lse", "spread") if backward and name == "sums_kernel" else ("grad_k", "grad_weight")) | (
-            {} if terms else dict.fromkeys(("decay", "bias", "reach"))
-        )
-    constants |= {"moment": None} if name == "sums_kernel" and not backward else {}
-    types = (
-        dict.fromkeys(("v", "source", "out", "spread", "grad", "dout"), values)
-        | {"reach": "i32", "order": "i64"}
-        | dict.fromkeys(
-            ("lambda_q", "lambda_k", "receiver_x", "middle", "factors", "grad_q", "grad_k", "moment", "values", "total", "diff"), "fp32"
-        )
-        | dict.fromkeys(("temperature", "decay", "bias", "lse", "grad_weight", "x", "w", "scale", "new_scale"), "fp64")
-    )
-    types["weight"] = "fp64" if name == "level_kernel" else "fp32"
-    signature = {
-        p: "constexpr" if p in constants else "*" + types[p] if p in types else "fp32" if p == "sign" else "i32" for p in kernel.arg_names
-    }
+    if module is attention_grid:
+        del constants["C"]  # there an argument: tokens a chunk
+    if name in ("sums_kernel", "grid_kernel"):
+        constants |= dict.fromkeys(("lse", "spread") if backward else ("grad_k", "grad_weight", "moment"))
+    if module is attention_triton and name != "level_kernel" and not terms:
+        constants |= dict.fromkeys(("decay", "bias", "reach"))
+    types = {**dict.fromkeys(VALUES, values), **dict.fromkeys(FLOAT32, "fp32"), **dict.fromkeys(FLOAT64, "fp64")}
+    types |= {**dict.fromkeys(INT32, "i32"), "order": "i64", "targets": "i64"}
+    if name == "level_kernel":
+        types["weight"] = "fp64"
+    scalars = {"sign": "fp32", "softcap": "fp32"}
+    signature = {p: "constexpr" if p in constants else "*" + types[p] if p in types else scalars.get(p, "i32") for p in kernel.arg_names}
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, p in enumerate(kernel.arg_names)
-        if p not in constants and (p in types or p[-2:] in ("_b", "_h", "_t"))
+        if p not in constants and (p in types or p[-2:] in ("_b", "_h", "_t") or p in ("C", "K", "width"))
     }
     source = ASTSource(kernel, signature, {(i,): constants[p] for i, p in enumerate(kernel.arg_names) if p in constants}, aligned)
     compiled = triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": warps, "num_stages": stages, "maxnreg": registers})
@@ -100,6 +110,7 @@ def kernel_resources(what):
 def bench_triton(args):
     """Compile every kernel with every tile that autotuning may choose, ahead of time. Raises UserError if one does not fit."""
     try:
+        from ops import attention_grid, fused_triton
         from ops.attention_triton import KEYS_BLOCK, LEVEL_TILE, QUERIES_BLOCK, TILES
     except ImportError as error:
         raise UserError(f"triton needs the package triton: pip install triton==3.9.0 ({error})") from None
@@ -126,6 +137,22 @@ def bench_triton(args):
         for capability in SHARED_KB
     ]
     every += [("level_kernel", (*LEVEL_TILE, None), 0, "fp32", True, True, capability) for capability in SHARED_KB]
+    grid = [("grid_kernel", tile) for tile in attention_grid.TILES] + [("bin_kernel", tile) for tile in attention_grid.TILES]
+    grid += [("chunk_kernel", tile) for tile in attention_grid.CHUNK_TILES] + [("scan_kernel", (attention_grid.SCAN_BINS, 1, 4))]
+    every += [
+        (name, (M, N, warps, 2, None), width, values, True, backward, capability)
+        for name, (M, N, warps) in grid
+        for width in (64, 128)
+        for values in types
+        for backward in both
+        for capability in SHARED_KB
+    ]
+    every += [
+        ("row_kernel", (block, 1, fused_triton.WARPS, 3, None), 0, values, False, True, capability)
+        for block in (fused_triton.BLOCK, fused_triton.MOST)
+        for values in types
+        for capability in SHARED_KB
+    ]
     with multiprocessing.get_context("spawn").Pool() as pool:
         rows = list(tqdm(pool.imap(kernel_resources, every), total=len(every), disable=None))
     write("triton_resources", rows, args)

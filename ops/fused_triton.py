@@ -1,13 +1,17 @@
-"""The loss on a GPU: a kernel that turns a row of logits into its gradient, in place, and reads it only twice, once for the loss and
-once for the gradient (fused.summed_loss is the same in plain torch)."""
+"""The loss on a GPU: a kernel that turns a row of logits into its gradient, in place. It reads the row once, into registers, or twice, once
+for the loss and once for the gradient, whichever is faster on the device (fused.summed_loss is the same in plain torch)."""
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
 
+INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1
 CHUNK = 4096  # tokens whose logits are in memory at once, or a 32nd of the batch if that is more
 ALIGNED = 64  # the columns of the logits are padded to a multiple of it: matrix products of unaligned rows are slow
-BLOCK, WARPS = 8192, 16
+MOST, BLOCK = 32768, 8192  # logits of a row that may be kept in registers; those of others at a time
+WARPS = 16
 
 
 @triton.jit
@@ -19,32 +23,55 @@ def capped(row, v, width, V, softcap, CAPPED: tl.constexpr):
     return tl.where(v < V, z, float("-inf"))
 
 
-def row_kernel(logits, targets, losses, width, V, softcap, CAPPED: tl.constexpr, NEEDS_GRAD: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit
+def store_gradient(row, z, v, target, lse, width, V, softcap, CAPPED: tl.constexpr):
+    grad = tl.exp(z - lse) - tl.where(v == target, 1.0, 0.0)
+    if CAPPED:
+        grad *= 0.25 - 0.25 / softcap / softcap * z * z
+    tl.store(row + v, tl.where(v < V, grad, 0.0).to(row.dtype.element_ty), mask=v < width)
+
+
+def row_kernel(
+    logits, targets, losses, width, V, softcap, CAPPED: tl.constexpr, NEEDS_GRAD: tl.constexpr, BLOCK: tl.constexpr, ONE: tl.constexpr
+):
     """A row of logits (N, width), of which the first V count: writes its loss, log sum_v exp(z_v) - z_target, and overwrites the row
     with its gradient, softmax(z) minus 1 at the target, times, if there is a softcap, a quarter of its derivative
-    1 - (z / softcap)^2; zeros from V on."""
+    1 - (z / softcap)^2; zeros from V on. ONE: the row is a single block."""
     n = tl.program_id(0).to(tl.int64)
     row, target = logits + n * width, tl.load(targets + n)
     at_target = capped(row, target, width, V, softcap, CAPPED)  # before anything is overwritten: the sums below wait for all threads
     greatest, total = float("-inf"), 0.0
-    for start in range(0, V, BLOCK):
-        z = capped(row, start + tl.arange(0, BLOCK), width, V, softcap, CAPPED)
-        new = tl.maximum(greatest, tl.max(z, 0))
-        total = total * tl.exp(greatest - new) + tl.sum(tl.exp(z - new), 0)
-        greatest = new
+    if ONE:
+        v = tl.arange(0, BLOCK)
+        z = capped(row, v, width, V, softcap, CAPPED)
+        greatest = tl.max(z, 0)
+        total = tl.sum(tl.exp(z - greatest), 0)
+    else:
+        for start in range(0, V, BLOCK):
+            z = capped(row, start + tl.arange(0, BLOCK), width, V, softcap, CAPPED)
+            new = tl.maximum(greatest, tl.max(z, 0))
+            total = total * tl.exp(greatest - new) + tl.sum(tl.exp(z - new), 0)
+            greatest = new
     lse = greatest + tl.log(total)
     tl.store(losses + n, lse - at_target)
     if NEEDS_GRAD:
-        for start in range(0, width, BLOCK):
-            v = start + tl.arange(0, BLOCK)
-            z = capped(row, v, width, V, softcap, CAPPED)
-            grad = tl.exp(z - lse) - tl.where(v == target, 1.0, 0.0)
-            if CAPPED:
-                grad *= 0.25 - 0.25 / softcap / softcap * z * z
-            tl.store(row + v, tl.where(v < V, grad, 0.0).to(logits.dtype.element_ty), mask=v < width)
+        if ONE:
+            store_gradient(row, z, v, target, lse, width, V, softcap, CAPPED)
+        else:
+            for start in range(0, width, BLOCK):
+                v = start + tl.arange(0, BLOCK)
+                store_gradient(row, capped(row, v, width, V, softcap, CAPPED), v, target, lse, width, V, softcap, CAPPED)
 
 
-launch_rows = triton.jit(row_kernel)
+@functools.cache
+def launcher(fits):
+    """The kernel, a grid and its arguments given. fits: a row has at most MOST logits, so that it may be ONE block."""
+    kernel, blocks = triton.jit(row_kernel), [{"BLOCK": BLOCK, "ONE": False}, {"BLOCK": MOST, "ONE": True}]
+    if INTERPRETED:  # autotuning needs a device
+        return lambda grid, *args: kernel[grid](*args, **blocks[fits])
+    configs = [triton.Config(block, num_warps=WARPS) for block in blocks[: 1 + fits]]
+    tuned = triton.autotune(configs, key=["width", "NEEDS_GRAD"], restore_value=["logits"])(kernel)
+    return lambda grid, *args: tuned[grid](*args)
 
 
 def summed_loss(x, weight, targets, softcap, needs_grad, dtype):
@@ -59,7 +86,7 @@ def summed_loss(x, weight, targets, softcap, needs_grad, dtype):
         x_c, target, loss = (part[start : start + chunk] for part in (x, targets, losses))
         x_c = x_c.to(dtype)
         z = torch.mm(x_c, W.T, out=logits[: len(x_c)])
-        launch_rows[len(z),](z, target, loss, width, V, softcap or 1.0, bool(softcap), needs_grad, BLOCK, num_warps=WARPS)
+        launcher(width <= MOST)((len(z),), z, target, loss, width, V, softcap or 1.0, bool(softcap), needs_grad)
         if needs_grad:
             grad_x[start : start + chunk] = z @ W
             grad_weight += z.T @ x_c
