@@ -55,8 +55,6 @@ def main(settings, given):
                     f"python plot.py {shlex.quote(str(run.out_dir))} draws it"
                 )
         else:
-            for line in doubts(run) if RANK == 0 else ():
-                print(f"train.py: warning: {line}", file=sys.stderr)
             (dry_run if settings.dry_run else train)(run, asked)
     processes.part()
 
@@ -64,6 +62,7 @@ def main(settings, given):
 def train(run, asked):
     settings, state = run.settings, run.state
     log = Log(run)
+    warn(run)
     diagnoses = settings.diag_interval and run.raw_model.config.attention == "tau"
     profiler = profiled(run.out_dir / "profile.json") if settings.profile and log.master else None
     if state.step == 0:
@@ -96,6 +95,11 @@ def train(run, asked):
     if profiler is not None:
         profiler.stop()
     log.close()
+
+
+def warn(run):
+    for line in doubts(run) if RANK == 0 else ():
+        print(f"train.py: warning: {line}", file=sys.stderr)
 
 
 def training_step(run, asked):
@@ -231,6 +235,7 @@ def evaluate_only(run):
 def dry_run(run, asked):
     """Print the memory and time that the run would take, by counting and measured on three steps."""
     settings, model = run.settings, run.raw_model
+    warn(run)
     with run.autocast():
         sequence = memory.kept_a_sequence(model, *(x[:1] for x in batch_of(run, run.state.step, run.micro_batches[0])))
     if RANK == 0:

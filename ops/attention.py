@@ -368,7 +368,7 @@ def compiled(source, namespace):
             (folder / "lock").unlink(missing_ok=True)
             compiler = os.environ.get("CXX", "c++").split()
             if compiler and shutil.which(compiler[0]) and not (folder / f"{name}.so").exists() and os.environ.get("RANK", "0") == "0":
-                print(f"compiling {source.relative_to(ROOT)} for this machine, once: about half a minute ...", file=sys.stderr)
+                print(f"compiling {source.name} for this machine, once: about half a minute ...", file=sys.stderr)
             load(
                 name,
                 [str(source)],

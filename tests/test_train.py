@@ -296,7 +296,7 @@ def test_what_takes_long_is_said(monkeypatch, capsys, tmp_path):
         pass
     assert said == "thinking ...\n"
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    for compiler, expected in (("no-such-compiler", ""), ("false", "compiling decoding/decode.cpp for this machine, once")):
+    for compiler, expected in (("no-such-compiler", ""), ("false", "compiling decode.cpp for this machine, once")):
         monkeypatch.setenv("CXX", compiler)
         with pytest.raises((RuntimeError, OSError)):
             attention.compiled("decoding/decode.cpp", "tauformer_nothing")
