@@ -11,12 +11,15 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import pickle
 import random
 import re
 import shutil
 import sys
 import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -325,17 +328,19 @@ def case(base, folder, number, seed=0):
     return program, done.returncode, wrong and f"{file}: {wrong}"
 
 
-def fuzz(cases, folder, seed=0, first=0):
-    """{program: {exit code: how often}} and [(number, program, what was wrong)] of so many cases."""
+def fuzz(cases, folder, seed=0, first=0, workers=1):
+    """{program: {exit code: how often}} and [(number, program, what was wrong)] of so many cases, `workers` at a time."""
     (base := folder / "base").mkdir()
     prepare(base)
     counts, failures = collections.defaultdict(collections.Counter), []
-    for number in tqdm(range(first, first + cases), unit=" cases", disable=None):
-        program, code, wrong = case(base, folder / "case", number, seed)
-        counts[program][str(code)] += 1
-        if wrong:
-            failures.append((number, program, wrong))
-            tqdm.write(f"{number} {program}, {wrong}")
+    numbers = range(first, first + cases)
+    with ThreadPoolExecutor(workers) as pool:
+        ended = pool.map(lambda number: case(base, folder / f"case{threading.get_ident()}", number, seed), numbers)
+        for number, (program, code, wrong) in zip(numbers, tqdm(ended, total=cases, unit=" cases", disable=None)):
+            counts[program][str(code)] += 1
+            if wrong:
+                failures.append((number, program, wrong))
+                tqdm.write(f"{number} {program}, {wrong}")
     return {name: dict(sorted(counts[name].items())) for name in PROGRAMS}, failures
 
 
@@ -344,10 +349,11 @@ def main():
     options.add_argument("cases", type=int)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--first", type=int, default=0, help="number of the first case")
+    options.add_argument("--workers", type=int, default=os.cpu_count(), help="cases at a time (default: %(default)s)")
     options.add_argument("--out", type=Path, help="file for the counts")
     args = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        counts, failures = fuzz(args.cases, Path(folder), args.seed, args.first)
+        counts, failures = fuzz(args.cases, Path(folder), args.seed, args.first, args.workers)
     record = {"cases": args.cases, "seed": args.seed, "commit": commit(), "exit_codes": counts, "failures": failures}
     if args.out:
         with replacing(args.out) as temporary:
