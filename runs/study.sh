@@ -55,6 +55,8 @@ tau, published, random graph    | --laplacian=DATA/random.parquet
 tau, published, chain           | --laplacian=DATA/chain.parquet
 tau, published, complete graph  | --laplacian=DATA/complete.parquet
 
+tau + all, 8 heads, 2 recall                     | $best --recall_heads=2
+dot + all, 8 heads, 2 recall                     | --attention=dot $of_both --n_head=8 --recall_heads=2
 tau + all, 8 heads, token vectors                | $best --embedding_init=domain
 tau + all, 8 heads, token vectors, random graph  | $best --embedding_init=domain --laplacian=DATA/random.parquet
 EOF
