@@ -125,6 +125,8 @@ def from_json(fields):
     try:
         if fields["kind"] == "char":
             return Characters(fields["tokens"], fields["end_token"])
+        if not 0 <= fields["end_token"] < 2**24:
+            raise ValueError(f"its end token is {fields['end_token']}")
         return BPE(fields["pattern"], fields["tokens"], fields["end_token"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"broken tokenizer description ({type(error).__name__}: {error})") from None

@@ -315,7 +315,7 @@ def case(base, folder, number, seed=0):
     own = ("out/", "session", "runs.jsonl")  # files that the command is asked to go on with
     lost = [name for name in before if after.get(name) != before[name] and not name.startswith(own)]
     new = [name for name in after if name not in before]
-    errors = done.stderr.splitlines()
+    errors = done.stderr.splitlines()  # (a wrong token of train.bin, which is not read as a whole, is found in the middle of a run)
     wrong = ""
     if "Traceback" in done.stderr or done.returncode not in (0, 1, 2):
         wrong = f"exit code {done.returncode}: " + " | ".join(errors[-3:])
@@ -323,7 +323,7 @@ def case(base, folder, number, seed=0):
         wrong = f"exit code {done.returncode} without a line that names the program: {errors[-1:]}"
     elif done.returncode == 2 and len(errors) > 1:
         wrong = f"{len(errors)} lines of error: " + " | ".join(errors[:3])
-    elif lost or [name for name in new if name.endswith(".tmp")] or done.returncode == 2 and new:
+    elif lost or [name for name in new if name.endswith(".tmp")] or done.returncode == 2 and new and file != "docs/train.bin":
         wrong = f"exit code {done.returncode}, changed: {lost}, new: {new}"
     return program, done.returncode, wrong and f"{file}: {wrong}"
 
