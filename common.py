@@ -356,19 +356,21 @@ def append_line(path, record):
 
 def read_lines(path, **fields):
     """[(line, object)] of a JSON Lines file; an unterminated last line, which a killed writer leaves, is left out. fields: names
-    and types of the fields that each object must have, numbers finite. Raises UserError for a line that is not such an object."""
+    and types of the fields of each object; numbers are finite, and what may be None may lack. Raises UserError for a line that is not
+    such an object."""
     records = []
     for number, line in enumerate(read_text(path, "replace").splitlines(keepends=True), 1):
         if line.endswith("\n"):
             try:
-                records.append((line, json.loads(line)))
+                record = json.loads(line)
                 for field, kind in fields.items():
-                    value = records[-1][1][field]
-                    if not isinstance(value, kind) or isinstance(value, bool) or isinstance(value, float) and not math.isfinite(value):
+                    value = record.get(field) if isinstance(None, kind) else record[field]
+                    if not isinstance(value, kind) or isinstance(value, bool) or isinstance(value, NUMBER) and not math.isfinite(value):
                         raise TypeError(f"{field} is {value!r}")
+                records.append((line, record))
             except KeyError as error:
                 raise UserError(f"{path}, line {number} has no {error}: mend or remove it, or leave this file out") from None
-            except (ValueError, TypeError, RecursionError) as error:
+            except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
                 raise UserError(f"{path}, line {number} is damaged ({type(error).__name__}: {error}): mend or remove it") from None
     return records
 

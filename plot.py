@@ -12,7 +12,7 @@ Without --out the figure goes into the first OUT_DIR, and one that plot.py has d
 from functools import partial
 from pathlib import Path
 
-from common import NUMBER, Parser, UserError, check_place, read_lines, replacing, run  # isort: skip, for it tells of packages that are missing
+from common import Parser, UserError, check_place, read_lines, replacing, run  # isort: skip, for it tells of packages that are missing
 import matplotlib
 
 matplotlib.use("agg")
@@ -22,13 +22,15 @@ import numpy as np
 from data import tokenizer as tokenizers
 from data.laplacian import load_laplacian
 
+ENERGIES = ("E_p05", "E_p50", "E_p95", "tau")
+MAY_LACK = ("loss", "elapsed_s", *ENERGIES)  # fields of metrics.jsonl: a loss that is not finite is null, a published run has no seconds
 SOFTWARE = "tauformer plot.py"  # by which a figure tells that it may be drawn again
 
 
 def read_metrics(folder):
     """{"train": records, "val": records} of a run's metrics.jsonl."""
     path = folder / "metrics.jsonl"
-    records = [record for _, record in read_lines(path, split=str, tokens=int, loss=(*NUMBER, type(None)))]
+    records = [record for _, record in read_lines(path, split=str, tokens=int, **dict.fromkeys(MAY_LACK, int | float | None))]
     metrics = {split: [record for record in records if record["split"] == split] for split in ("train", "val")}
     if not metrics["val"]:
         raise UserError(f"{path} has no validation loss yet")
@@ -39,7 +41,7 @@ def draw_losses(axis, runs, key, label, max_loss):
     for number, (name, metrics) in enumerate(runs.items()):
         lone = dict(marker="x", linestyle="none")  # for a run of which only some validations are known
         for split, style in (("train", dict(alpha=0.35, linewidth=1)), ("val", dict(marker=".") if metrics["train"] else lone)):
-            points = [(record[key], record["loss"]) for record in metrics[split] if key in record]  # a published run has no seconds
+            points = [(record[key], record.get("loss")) for record in metrics[split] if record.get(key) is not None]
             if points:
                 axis.plot(*zip(*points), color=f"C{number}", label=f"{name}, {split}", **style)
     axis.set(xlabel=label, ylabel="loss, nats a token", title=f"loss against {label}")
@@ -47,9 +49,13 @@ def draw_losses(axis, runs, key, label, max_loss):
     axis.legend(fontsize="small")
 
 
+def has_energies(record):
+    return all(record.get(name) is not None for name in ENERGIES)
+
+
 def draw_energies(axis, runs):
     for number, (name, metrics) in enumerate(runs.items()):
-        points = [[record[key] for key in ("tokens", "E_p05", "E_p50", "E_p95", "tau")] for record in metrics["val"] if "tau" in record]
+        points = [[record[key] for key in ("tokens", *ENERGIES)] for record in metrics["val"] if has_energies(record)]
         if points:
             tokens, low, median, high, tau = zip(*points)
             axis.fill_between(tokens, low, high, color=f"C{number}", alpha=0.2, label=f"{name}, p05 to p95")
@@ -136,7 +142,7 @@ def overview(sources, folders, max_loss, n_head):
         for key, label in (("tokens", "tokens"), ("elapsed_s", "seconds"))
         if runs
     ]
-    if any("tau" in record for metrics in runs.values() for record in metrics["val"]):
+    if any(has_energies(record) for metrics in runs.values() for record in metrics["val"]):
         panels.append(partial(draw_energies, runs=runs))
     if L is not None:
         panels += laplacian_panels(L.numpy(), [head.numpy() for head in heads])

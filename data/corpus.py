@@ -288,13 +288,18 @@ class Corpus:
             self.meta = json.loads((self.folder / "meta.json").read_text())
             self.tokenizer = tokenizers.from_json(json.loads((self.folder / "tokenizer.json").read_text()))
             self.vocab_size = self.meta["vocab_size"]
+            if self.meta["dtype"] not in ("uint16", "uint32"):
+                raise ValueError(f"its dtype is {self.meta['dtype']!r}")
+            if not isinstance(self.meta["sha256"], str):
+                raise TypeError(f"its sha256 is {self.meta['sha256']!r}")
             self.train, self.val = (np.memmap(self.folder / f"{split}.bin", self.meta["dtype"], "r") for split in ("train", "val"))
             whole = (
                 len(self.train) == self.meta["train"]["tokens"]
                 and len(self.val) == self.meta["val"]["tokens"]
                 and self.vocab_size == self.tokenizer.vocab_size
                 and self.meta["val"]["bytes"] > 0
-                and self.meta["dtype"] in ("uint16", "uint32")
+                and self.meta["train"]["documents"] > 0
+                and self.meta["val"]["documents"] > 0
             )
         except FileNotFoundError as error:
             name = self.folder.name
@@ -332,12 +337,16 @@ class Corpus:
         """int64 (len(starts), length + 1): the windows of a split that begin at starts. Raises UserError for an unknown token."""
         tokens = getattr(self, split)
         windows = np.stack([tokens[start : start + length + 1] for start in starts]).astype(np.int64)
-        if windows.max() >= self.vocab_size:
-            raise UserError(
-                f"damaged corpus: {self.folder / split}.bin holds token {windows.max()}, past its "
-                f"vocabulary of {self.vocab_size}: prepare it again with --overwrite"
-            )
+        self.check(windows, split)
         return windows
+
+    def check(self, tokens, split):
+        """Raise UserError if the vocabulary has not all the tokens (...) of a split."""
+        if (greatest := tokens.max()) >= self.vocab_size:
+            raise UserError(
+                f"damaged corpus: {self.folder / split}.bin holds token {greatest}, past its vocabulary of {self.vocab_size}: "
+                "prepare it again with --overwrite"
+            )
 
     def bits_per_byte(self, loss):
         """Bits per byte of a validation loss in nats per token."""

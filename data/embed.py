@@ -63,7 +63,7 @@ def lsa_embeddings(texts, path):
         if not len(words) == len(idf) == len(vectors) or vectors.ndim != 2:
             raise ValueError("its arrays do not fit together")
         counts = CountVectorizer(vocabulary=words.tolist()).transform(texts).astype(float)
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is damaged ({error}): make it again with data/embed.py --overwrite") from None
     counts.data = (1 + np.log(counts.data)) * idf[counts.indices]
     return normalize(counts @ vectors).astype(np.float32)

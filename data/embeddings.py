@@ -360,7 +360,7 @@ def first_bytes_say(path):
         try:
             with zipfile.ZipFile(path) as archive:
                 names = archive.namelist()
-        except zipfile.BadZipFile:
+        except (zipfile.BadZipFile, UnicodeDecodeError, RuntimeError):  # no UTF-8 in a name; a kind of zip that Python does not read
             return None
         inside = {".npz": ".npy", ".pt": "/data.pkl"}
         return next((kind for kind, end in inside.items() if any(name.endswith(end) for name in names)), "a zip archive: unpack it")

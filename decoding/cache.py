@@ -255,6 +255,8 @@ class StreamCache(Cache):
             raise UserError(f"{path} is of another model")
         try:
             cache.length, cache.pending = int(session["length"]), [int(token) for token in session["pending"]]
+            if not 0 <= cache.length < 2**53:  # positions are float64
+                raise ValueError(f"its length is {cache.length}")
             for key, x in tensors.items():
                 kind, layer, name = key.split(".")
                 dtype = finest(device) if name == "scale" else x.dtype
@@ -267,7 +269,7 @@ class StreamCache(Cache):
             firsts = [[x.tolist() for (_, name), x in sorted(other.kept.items()) if name == "first"] for other in (cache, alike)]
             if shapes[0] != shapes[1] or firsts[0] != firsts[1] or not all(0 <= token < config.vocab_size for token in cache.pending):
                 raise ValueError("its state is not that of this model")
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             raise UserError(f"{path} is damaged, or no session of sample.py ({error})") from None
         return cache
 

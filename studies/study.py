@@ -27,9 +27,11 @@ LISTED = 20  # runs of --list
 
 def read_results(paths, **more):
     """The records of the finished runs; of a run with several, the last. more: further fields that they must have, with their types."""
+    kinds = dict(run=str, config=str, seed=int, best_loss=NUMBER, seconds=NUMBER, settings=dict)
+    kinds |= dict.fromkeys((field for field, _, _ in CONTENTS), str | None) | more  # dot has no Laplacian, an older line not every field
     lines = {}
     for path in paths:
-        for _, record in read_lines(path, run=str, config=str, seed=int, best_loss=NUMBER, seconds=NUMBER, settings=dict, **more):
+        for _, record in read_lines(path, **kinds):
             lines.pop(record["run"], None)  # so that it stands where its last line does
             lines[record["run"]] = record
     return list(lines.values())
@@ -80,7 +82,7 @@ def labels_of(records):
     labels = [[value(settings, name) for name in names] for settings in shown]
     for field, column, paths in CONTENTS:
         at = [(*(value(settings, path) for path in paths), record.get(field)) for settings, record in zip(shown, records)]
-        at = {place for place in at if place[-1] is not None}  # dot attention has no Laplacian, an older line not every field
+        at = {place for place in at if place[-1] is not None}
         if len(at) > len({place[:-1] for place in at}):
             names.append(column)
             labels = [[*label, str(record.get(field) or "-")] for label, record in zip(labels, records)]

@@ -22,13 +22,19 @@ def test_figures(work, tmp_path, args, panels):
         (["out/small", "--out={tmp}/taken.png"], "--overwrite"),
         (["{tmp}/torn"], "line 1 is damaged"),
         (["{tmp}/few"], "damaged"),
+        (["{tmp}/word"], "line 1 is damaged (TypeError: elapsed_s is 'x')"),
         (["{tmp}/none"], "no validation loss"),
         (["absent.parquet", "--out={tmp}/f.png"], "absent.parquet does not exist"),
     ],
 )
 def test_mistakes(work, tmp_path, args, expected):
     (tmp_path / "taken.png").write_bytes(b"mine")
-    for name, content in (("torn", '{"step": 0\n{"split": "v'), ("few", '{"split": "val"}'), ("none", "")):
+    for name, content in (
+        ("torn", '{"step": 0\n{"split": "v'),
+        ("few", '{"split": "val"}'),
+        ("none", ""),
+        ("word", '{"split": "val", "tokens": 1, "loss": 1.0, "elapsed_s": "x"}\n'),
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text(content)
     assert expected in fails("plot.py", *[arg.format(tmp=tmp_path) for arg in args], cwd=work)

@@ -653,6 +653,8 @@ def test_study_makes_rows_of_folders(here):
         ('"best_loss": 1.0', '"best_loss": NaN'),
         ('"best_loss": 1.0', '"best_loss": true'),
         ('"seconds": 1', '"seconds": "1"'),
+        ('"seconds": 1', f'"seconds": {10**400}'),
+        ('"seconds": 1', '"seconds": 1, "laplacian": {}'),
     ):
         (here / "s.jsonl").write_text(line("a", "dot", 1, 1.0).replace(good, bad))
         assert "s.jsonl, line 1 is damaged" in fails("studies/study.py", "s.jsonl", "--rows", cwd=here)

@@ -39,9 +39,19 @@ class RunState:
     began: dict = field(default_factory=dict)  # init_from and laplacian, where the run's first call gave them
 
     @classmethod
-    def of(cls, header):
-        """The RunState in a checkpoint's header."""
-        return cls(**{f.name: header["run"][f.name] for f in fields(cls) if f.name in header["run"]})
+    def of(cls, header, path):
+        """The RunState in a checkpoint's header. Raises UserError for a value of another type."""
+        state = cls(**{f.name: header["run"][f.name] for f in fields(cls) if f.name in header["run"]})
+        for f in fields(cls):
+            value, inside = getattr(state, f.name), {"narrow": int, "began": str}.get(f.name, object)
+            right = isinstance(value, f.type) and not isinstance(value, bool)
+            if right and isinstance(value, int):
+                right = 0 <= value < 2**63
+            if right and isinstance(value, dict):
+                right = all(isinstance(x, inside) for x in value.values())
+            if not right:
+                raise UserError(f"{path} is damaged: the {f.name} of its run is {value!r}")
+        return state
 
 
 def snapshot(model, optimizer=None, ema=None):
@@ -84,16 +94,24 @@ def to_resume(out_dir):
     raise UserError(f"nothing to resume: no whole step_*.safetensors in {out_dir}; start with --init_from=scratch --overwrite=True")
 
 
+def config_of(header, path, **changes):
+    """The ModelConfig of a checkpoint's header. Raises UserError for an unknown field or a wrong value."""
+    try:
+        return ModelConfig(**header["config"] | changes)
+    except (TypeError, OverflowError) as error:
+        raise UserError(f"{path} is damaged: its config is that of no model: {error}") from None
+
+
 def build_model(tensors, header, path, laplacian=None, **changes):
     """The Tauformer of a checkpoint that read() returned. laplacian (F, F) and changes, fields of its config, replace its own.
     Raises UserError if weights and config do not fit."""
     try:
-        config = ModelConfig(**header["config"] | changes)
+        config = config_of(header, path, **changes)
         if tokenizers.from_json(header["tokenizer"]).vocab_size != config.vocab_size:
             raise RuntimeError("the tokenizer has another size than the vocabulary")
         model = Tauformer(config, tensors.get("laplacian") if laplacian is None else laplacian)
         model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")})
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, RuntimeError, MemoryError, OverflowError) as error:
         raise UserError(f"{path}: weights and config do not fit: {error}") from None
     return model
 

@@ -256,6 +256,14 @@ def model_settings(settings):
     return {f.name: getattr(settings, f.name) for f in fields(ModelSettings)}
 
 
+def stored_settings(header, path):
+    """{name: value} of the settings in a checkpoint's header. Raises UserError for a wrong type or value."""
+    stored, kinds = header["run"].get("settings", {}), {f.name: f.type for f in fields(Settings)}
+    if not isinstance(stored, dict):
+        raise UserError(f"{path} is damaged: the settings of its run are {stored!r}")
+    return {name: checked(name, value, kinds[name], path) for name, value in stored.items() if name in kinds}
+
+
 def go_on_with(settings, given, stored, file):
     """Give the settings of a run that is resumed the values that its checkpoint holds, but for those of the command line, those that
     are the call's own, and max_steps. Returns lines that name what is not as it was. stored: the checkpoint's settings; file: what

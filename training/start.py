@@ -18,7 +18,7 @@ from model import INIT_STD, ModelConfig, Tauformer
 from training import checkpoint, optim, processes, taumode
 from training.batches import step_batches
 from training.checkpoint import RunState
-from training.config import COMMAND_LINE, Settings, go_on_with, model_settings
+from training.config import COMMAND_LINE, Settings, go_on_with, model_settings, stored_settings
 from training.evaluation import validation_starts
 from training.folder import LOGS, lines_until, only_looks
 from training.inputs import check_laplacian_exists
@@ -78,8 +78,9 @@ def start(settings, given):
     stored, state, lines = None, RunState(file=file, began=began), []
     if settings.init_from == "resume":
         stored = checkpoint.to_resume(settings.out_dir)
-        state = RunState.of(stored[2])
-        lines = go_on_with(settings, given, stored[2]["run"].get("settings", {}), state.file)
+        path, _, header = stored
+        state = RunState.of(header, path)
+        lines = go_on_with(settings, given, stored_settings(header, path), state.file)
         state.file = file
     device = choose_device(settings.device, LOCAL_RANK)
     dtype = choose_dtype(settings.dtype, device)
@@ -94,6 +95,7 @@ def start(settings, given):
 
     corpus = Corpus(settings.data_dir)
     corpus.train = corpus.train[: math.ceil(len(corpus.train) * settings.train_fraction)]
+    corpus.check(corpus.val, "val")  # train.bin, which may be large, is checked batch by batch
     if state.data not in (None, corpus.meta["sha256"]) and not settings.eval_only:
         raise UserError(
             f"{settings.data_dir} is not the text that the run in {settings.out_dir} is trained on: leave it out, or start a run "
@@ -137,7 +139,10 @@ def start(settings, given):
     if run.resumed and run.state.step:
         checkpoint.restore(raw_model, run.optimizer, run.ema, *stored[:2])
         if state.scaler:
-            run.scaler.load_state_dict(state.scaler)
+            try:
+                run.scaler.load_state_dict(state.scaler)
+            except (RuntimeError, KeyError, TypeError) as error:
+                raise UserError(f"{stored[0]} is damaged: the scaler of its run cannot go on ({error})") from None
     return run
 
 
@@ -207,7 +212,7 @@ def started_model(settings, given, corpus, stored):
                 f"{settings.laplacian} is not the Laplacian of the run in {settings.out_dir}: leave it out, "
                 f"or start a run from this one with --init_from={settings.out_dir} --out_dir=OTHER"
             )
-    check_length(settings, corpus, changes.get("block_size", header["config"].get("block_size", 0)))
+    check_length(settings, corpus, checkpoint.config_of(header, path, **changes).block_size)
     model = checkpoint.build_model(tensors, header, path, laplacian, **changes)
     return model, laplacian, header["sha256"][:12]
 
@@ -239,7 +244,7 @@ def changes_of(settings, given, path, header):
             changes[name] = ours
         elif ours != theirs and not (name == "n_kv_head" and ours == 0):
             raise UserError(f"{name} = {ours!r}, but {path} has {theirs!r}: leave it out")
-    begun = header["run"].get("settings", {}).get("embedding_init", settings.embedding_init)
+    begun = stored_settings(header, path).get("embedding_init", settings.embedding_init)
     if "embedding_init" in given and settings.embedding_init != begun:
         raise UserError(f"embedding_init = {settings.embedding_init!r}, but the embeddings of {path} began as {begun!r}: leave it out")
     settings.embedding_init = begun

@@ -42,7 +42,7 @@ def json_files(source, left_out):
                         shutil.copyfileobj(archive.open(name), inner)
                         inner.flush()
                         yield from json_files(Path(inner.name), left_out)
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, UnicodeDecodeError) as error:
         raise UserError(f"{source} is neither a folder nor a whole zip file ({error})") from None
 
 

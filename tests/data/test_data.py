@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 from conftest import fails, ok, shared_data
 
+from common import UserError
 from data import tokenizer as tokenizers
 from data.corpus import Corpus, read_jsonl, unigram_and_bigram_loss
 
@@ -324,6 +325,14 @@ def test_documents_of_one_running_text_and_of_a_damaged_one(tmp_path):
     assert len(decoded(Corpus(tmp_path / "s"), "train")) == 1
     np.full((tmp_path / "s" / "train.bin").stat().st_size // 2, 0xFF, np.uint16).tofile(tmp_path / "s" / "train.bin")
     assert "damaged corpus" in fails("data/embed.py", "s", "--dim=2", cwd=tmp_path)
+    meta = json.loads((tmp_path / "s" / "meta.json").read_text())
+    for name, value in (("dtype", "U"), ("dtype", ["uint16"]), ("sha256", None), ("vocab_size", "260"), ("val", {}), ("train", [])):
+        (tmp_path / "s" / "meta.json").write_text(json.dumps(meta | {name: value}))
+        with pytest.raises(UserError, match="damaged corpus"):
+            Corpus(tmp_path / "s")
+    (tmp_path / "s" / "meta.json").write_text(json.dumps({name: value for name, value in meta.items() if name != "sha256"}))
+    with pytest.raises(UserError, match="damaged corpus"):
+        Corpus(tmp_path / "s")
 
 
 def test_a_corpus_is_not_overwritten_unasked(tmp_path):

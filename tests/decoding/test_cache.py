@@ -5,6 +5,7 @@ import torch
 from test_model import ALL, random_laplacian
 
 from common import UserError
+from data import checkpoint_file
 from decoding.cache import BLOCK, SEGMENT, ExactCache, StreamCache, decode, segments
 from decoding.stream import stream
 from model import ModelConfig, Tauformer, energy
@@ -141,6 +142,11 @@ def test_a_stream_of_another_model_is_refused(tmp_path):
     cache.save(tmp_path / "s", "hash")
     again = StreamCache.load(tmp_path / "s", model, "hash")
     assert again.length == 20 and all(torch.equal(again.kept[key], x) for key, x in cache.kept.items())
+    tensors, header = checkpoint_file.load(tmp_path / "s", ["session"], "session")
+    for session in ({"length": 10**30}, {"length": -1}, {"length": "x"}, {"pending": 3}, {"pending": [10**9]}):
+        checkpoint_file.save(tmp_path / "wrong", tensors, {"session": header["session"] | session})
+        with pytest.raises(UserError, match="damaged"):
+            StreamCache.load(tmp_path / "wrong", model, "hash")
     with pytest.raises(UserError, match="another model"):
         StreamCache.load(tmp_path / "s", model, "of other weights")
     (tmp_path / "s").write_bytes((tmp_path / "s").read_bytes()[:-1] + b"x")

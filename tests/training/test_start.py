@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_script
 
-from training.config import Settings
+from common import UserError
+from training.checkpoint import RunState, config_of
+from training.config import Settings, stored_settings
 from training.start import doubts
 
 
@@ -22,6 +24,33 @@ def test_shipped_configs_raise_no_doubts(config):
     if config.stem != "equal_time":  # which runs until its time is up
         assert not said(tokens=2**36, **tomllib.loads(config.read_text()))
         assert not said(tokens=2**36, documents=(1, 1), **tomllib.loads(config.read_text()))  # one running text
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("step", "2"), ("step", -1), ("step", True), ("tokens", 10**30), ("best_loss", {"a": 1}), ("elapsed_s", None), ("lr_scale", "half")]
+    + [("loss_average", []), ("narrow", {"0.0": "x"}), ("scaler", []), ("wandb_id", 3), ("began", {"laplacian": {}}), ("file", None)],
+)
+def test_a_run_state_of_wrong_values_is_refused(name, value):
+    right = {"step": 2, "best_loss": float("inf"), "loss_average": None, "narrow": {"0.0": 1}, "began": {"laplacian": "x"}}
+    assert RunState.of({"run": right | {"of_a_later_version": 1}}, "f").best_loss == float("inf")
+    with pytest.raises(UserError, match=f"f is damaged: the {name} of its run is"):
+        RunState.of({"run": right | {name: value}}, "f")
+
+
+def test_settings_of_wrong_values_are_refused():
+    assert stored_settings({"run": {}}, "f") == {} and config_of({"config": {"n_embd": 12}}, "f", n_head=2).head_size == 6
+    for settings, message in (
+        ([], "are"),
+        ({"seed": "x"}, "seed = 'x'"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"learning_rate": {}}, "float"),
+    ):
+        with pytest.raises(UserError, match=message):
+            stored_settings({"run": {"settings": settings}}, "f")
+    for config in ({"n_embd": "wide"}, {"no_such_field": 1}, {"n_head": None}, {"attention": ["tau"]}):
+        with pytest.raises(UserError):
+            config_of({"config": config}, "f")
 
 
 def test_doubts():
