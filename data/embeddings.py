@@ -4,6 +4,7 @@ chunk of rows in memory at a time."""
 import errno
 import pickle
 import re
+import struct
 import zipfile
 import zlib
 from collections import Counter
@@ -108,6 +109,8 @@ class ArrayEmbeddings(Embeddings):
             found = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
         except pickle.UnpicklingError:
             raise UserError(f"{self.path} holds Python objects beside tensors: save one tensor (N, F) or a dict of tensors") from None
+        except (LookupError, TypeError, AttributeError, AssertionError, struct.error) as error:  # what unpickling damaged bytes may raise
+            raise ValueError(f"{type(error).__name__}: {error}") from None
         if isinstance(found, dict):
             return {str(name): x.detach() for name, x in found.items() if isinstance(x, torch.Tensor)}
         if not isinstance(found, torch.Tensor):

@@ -262,7 +262,7 @@ def by_token(x):
 
 
 def backend(impl):
-    if impl in ("triton", "grid"):
+    if impl == "triton":
         from ops import attention_triton
 
         return attention_triton

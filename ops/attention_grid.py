@@ -281,7 +281,7 @@ class Bins:
     def __init__(self, lambda_q, lambda_k, K):
         B, H, T = lambda_q.shape
         items = torch.cat([lambda_k.repeat_interleave(H // lambda_k.shape[1], 1), lambda_q], -1)
-        merged = items.sort(-1, stable=True)[1]  # at ties keys, which come first, are below
+        merged = items.sort(dim=-1, stable=True)[1]  # at ties keys, which come first, are below
         size, count = -(-2 * T // K), torch.arange(2 * T, device=items.device)
         position = torch.empty_like(merged).scatter_(-1, merged, count.expand_as(merged))
         keys_before = torch.nn.functional.pad((merged < T).cumsum(-1), (1, 0))  # (B, H, 2T + 1)

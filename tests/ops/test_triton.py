@@ -14,7 +14,7 @@ from test_attention import FACTORS, inputs, pairwise, table_inputs, value_and_gr
 
 from benchmarks.attention import cuda_seconds, operator
 from ops import attention_grid, attention_triton, fused_triton
-from ops.attention import Tree, fast_attention, tau_attention
+from ops.attention import Tree, backend, fast_attention, tau_attention
 from ops.attention_triton import KEYS_BLOCK, LEVEL_TILE, QUERIES_BLOCK, TILES, reaches
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -87,6 +87,7 @@ def test_equals_reference(row, impl="triton"):
 @pytest.fixture
 def few(monkeypatch):
     """Chunks of 64 tokens and 16 bins, so that short sequences have several of each."""
+    assert backend("grid") is attention_grid and backend("triton") is attention_triton
     monkeypatch.setattr(attention_grid, "sizes", lambda T: (64, 16))
 
 
