@@ -13,6 +13,9 @@ import re
 import subprocess
 import sys
 import threading
+import tokenize
+import zipfile
+import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import field
 from pathlib import Path
@@ -23,6 +26,10 @@ RANK, LOCAL_RANK, WORLD, RESTARTS = (
 )
 ROOT = Path(__file__).resolve().parent  # root of the checkout
 NUMBER = (int, float)  # for read_lines
+DAMAGED_ARRAY = (  # what numpy.load raises for a damaged file
+    *(ValueError, TypeError, LookupError, EOFError, RuntimeError, SyntaxError),
+    *(tokenize.TokenError, zipfile.BadZipFile, zlib.error),
+)
 MARKS = {  # byte-order marks; UTF-32's first, since one of UTF-16's begins it
     codecs.BOM_UTF32_LE: "utf-32-le",
     codecs.BOM_UTF32_BE: "utf-32-be",

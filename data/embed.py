@@ -9,12 +9,11 @@ Any other --model is a sentence-transformers model, by name or by path; all-Mini
 
 import os
 import sys
-import zipfile
 from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import Parser, UserError, refuse_existing, replacing, run, waiting  # isort: skip, for it tells of packages that are missing
+from common import DAMAGED_ARRAY, Parser, UserError, refuse_existing, replacing, run, waiting  # isort: skip, for it tells of packages that are missing
 import numpy as np
 
 from data.corpus import Corpus
@@ -63,7 +62,7 @@ def lsa_embeddings(texts, path):
         if not len(words) == len(idf) == len(vectors) or vectors.ndim != 2:
             raise ValueError("its arrays do not fit together")
         counts = CountVectorizer(vocabulary=words.tolist()).transform(texts).astype(float)
-    except (ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+    except DAMAGED_ARRAY as error:
         raise UserError(f"{path} is damaged ({error}): make it again with data/embed.py --overwrite") from None
     counts.data = (1 + np.log(counts.data)) * idf[counts.indices]
     return normalize(counts @ vectors).astype(np.float32)

@@ -6,7 +6,6 @@ import pickle
 import re
 import struct
 import zipfile
-import zlib
 from collections import Counter
 from contextlib import contextmanager
 
@@ -18,15 +17,12 @@ import pyarrow.parquet
 from pyarrow.types import is_fixed_size_list, is_floating, is_integer, is_large_list, is_list
 from safetensors import SafetensorError
 
-from common import RANK, UserError, first_line
+from common import DAMAGED_ARRAY, RANK, UserError, first_line
 
 CHUNK_ROWS = 4096
 TEXT_BLOCK = 1 << 21  # bytes of a .csv file that are parsed at a time, and more than any row of it has
 SHOWN = 6  # names in a message
-DAMAGED = (
-    *(ValueError, RuntimeError, EOFError, OSError, zipfile.BadZipFile, zlib.error),
-    *(pyarrow.ArrowException, SafetensorError),
-)  # what the libraries raise for a damaged file
+DAMAGED = (OSError, pyarrow.ArrowException, SafetensorError, *DAMAGED_ARRAY)  # what the libraries raise for a damaged file
 FIRST_BYTES = {  # of a file: its kind, or what it is and what to do
     b"\x93NUMPY": ".npy",
     b"PAR1": ".parquet",
@@ -109,7 +105,7 @@ class ArrayEmbeddings(Embeddings):
             found = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
         except pickle.UnpicklingError:
             raise UserError(f"{self.path} holds Python objects beside tensors: save one tensor (N, F) or a dict of tensors") from None
-        except (LookupError, TypeError, AttributeError, AssertionError, struct.error) as error:  # what unpickling damaged bytes may raise
+        except (AttributeError, AssertionError, struct.error) as error:  # what unpickling damaged bytes may raise too
             raise ValueError(f"{type(error).__name__}: {error}") from None
         if isinstance(found, dict):
             return {str(name): x.detach() for name, x in found.items() if isinstance(x, torch.Tensor)}

@@ -3,7 +3,6 @@
 import hashlib
 import math
 import os
-import zipfile
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import LOCAL_RANK, RANK, WORLD, UserError, choose_device, first_line, waiting
+from common import DAMAGED_ARRAY, LOCAL_RANK, RANK, WORLD, UserError, choose_device, first_line, waiting
 from data.corpus import Corpus
 from data.laplacian import load_laplacian
 from model import INIT_STD, ModelConfig, Tauformer
@@ -262,7 +261,7 @@ def start_embedding(model, path):
         vectors = torch.from_numpy(np.load(path)).float()
         if not vectors.isfinite().all():
             raise ValueError("it holds NaN or infinity")
-    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except DAMAGED_ARRAY as error:
         raise UserError(f"{path} is damaged ({error}): make it again with data/embed.py --overwrite") from None
     weight = model.embedding.weight
     if vectors.shape != weight.shape:
