@@ -270,7 +270,7 @@ def main():
         "--inspect",
         type=Path,
         metavar="FILE.parquet",
-        help="print the numbers of a Laplacian and draw it (to --out, default FILE.png); build nothing",
+        help="print the numbers of a Laplacian and draw it (to --out; default: FILE.png, drawn again if plot.py drew it); build nothing",
     )
     options.add_argument("--n_head", type=int, help="with --inspect: also the Laplacians of a model's heads, n_embd being F")
     options = parser.add_argument_group("the recipe")
@@ -306,7 +306,9 @@ def main():
         if args.embeddings:
             raise UserError(f"--inspect={args.inspect} builds nothing: leave {args.embeddings} out")
         out = args.out or args.inspect.with_suffix(".png")
-        check_place(out, ".png", args.overwrite)
+        from plot import drawn_here  # here, because it brings matplotlib
+
+        check_place(out, ".png", args.overwrite or args.out is None and drawn_here(out))
         if RANK == 0:
             sys.exit(inspect(args.inspect, args.n_head, out))
         return

@@ -104,8 +104,11 @@ def meant(name, names, dashes=""):
     return f", did you mean {dashes}{near}?" if near else ""
 
 
-def package_missing(kind, error, trace):
-    """The excepthook: for a package of requirements.txt that is not installed, one line and exit code 2."""
+def not_by_us(kind, error, trace):
+    """The excepthook, for what happens while a script imports: Ctrl-C ends it with exit code 130, without a traceback; a package of
+    requirements.txt that is not installed with one line and exit code 2."""
+    if interrupted(error):
+        sys.exit(130)
     name = (getattr(error, "name", None) or "").partition(".")[0]
     name = "scikit-learn" if name == "sklearn" else name
     if kind is ModuleNotFoundError and name in re.findall("^[a-z-]+", (ROOT / "requirements.txt").read_text(), re.MULTILINE):
@@ -114,7 +117,14 @@ def package_missing(kind, error, trace):
     sys.__excepthook__(kind, error, trace)
 
 
-sys.excepthook = package_missing
+def interrupted(error):
+    """Whether an exception is Ctrl-C, or what a package made of it while it was imported."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+sys.excepthook = not_by_us
 
 
 class Parser(argparse.ArgumentParser):

@@ -53,9 +53,9 @@ def check_laplacian(L, what):
 
 
 def save_laplacian(path, L, settings):
-    """Write L (F, F) in coordinate form, float64, to a parquet file with the columns of the author's tool, and
-    settings, a dict, to the JSON beside it."""
-    path = Path(path)
+    """Write L (F, F), an array or a tensor on the CPU, in coordinate form, float64, to a parquet file with the columns of the author's
+    tool, and settings, a dict, to the JSON beside it."""
+    path, L = Path(path), np.asarray(L)
     row, col = np.nonzero(L)
     constants = {"name_id": path.stem, "n_rows": len(L), "n_cols": len(L), "nnz": len(row)}
     table = pyarrow.table(

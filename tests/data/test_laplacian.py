@@ -252,6 +252,10 @@ def test_inspect(built):
     assert "features     12\n" in out and f"edges        {np.count_nonzero(np.triu(L, 1))}," in out and "head 2" in out
     assert f"eigenvalues  0, {np.linalg.eigvalsh(L)[1]:.4g} (connectivity)" in out
     assert imread(built / "l.png").std() > 0.05
+    assert ok("build_laplacian.py", "--inspect", "l.parquet", "--n_head=3", cwd=built) == out  # its own figure is drawn again
+    (built / "l.png").write_bytes(b"a picture of the user's")
+    assert "l.png exists already" in fails("build_laplacian.py", "--inspect", "l.parquet", cwd=built)
+    (built / "l.png").unlink()
     settings = json.loads((built / "l.json").read_text())
     assert settings["sha256"] == hashlib.sha256((built / "e.npy").read_bytes()).hexdigest()
     assert settings["edges"] == np.count_nonzero(np.triu(L, 1)) and settings["connectivity"] > 0
