@@ -174,6 +174,12 @@ class Parser(argparse.ArgumentParser):
             return name if value.lower() == "true" else None
         return word
 
+    def refuse_given(self, args, names, why):
+        """Raise UserError for the first of these options that is given, which nothing would come of."""
+        for name in names:
+            if getattr(args, name) != self.get_default(name):
+                raise UserError(f"--{name} {why}")
+
     def refuse(self, words):
         """Raise UserError for words that are no arguments, with what the first of them was meant to be."""
         names = [option.removeprefix("--") for option in self._option_string_actions]
@@ -222,11 +228,30 @@ def run(main):
         sys.exit(141)
     except (UserError, OSError) as error:
         rank = f" on rank {RANK}" if WORLD > 1 else ""
-        print(f"{Path(sys.argv[0]).name}: error{rank}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error{rank}: {' '.join(told(error).split())}", file=sys.stderr)
         end_output()
         sys.exit(1 if getattr(error, "errno", None) in (*FULL, errno.EIO) else 2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def told(error):
+    """What an exception says; of the system's about a file: which, what is wrong with it and what to do."""
+    number, path = getattr(error, "errno", None), getattr(error, "filename", None)
+    if not isinstance(path, (str, os.PathLike)) or number in (*FULL, errno.EIO):
+        return str(error)
+    path = Path(re.sub(r"(^|/)\.([^/]+)\.\d+\.tmp$", r"\1\2", str(path)))  # what was to become of replacing()'s temporary file
+    if number == errno.ENOENT and path.parent.is_dir():
+        return f"{path} does not exist, and is to be read: give a file that is there" if path.name else "an empty path names no file"
+    what = {
+        errno.ENOENT: f"cannot be read or written: there is no folder {path.parent}: make it, or give another path",
+        errno.EISDIR: "is a folder, where a file is meant: give the path of a file",
+        errno.ENOTDIR: f"cannot be read or written: {path.parent} is a file, no folder: give another path",
+        errno.EACCES: "may not be read or written (permission denied): change its permissions, or give another path",
+        errno.EROFS: "cannot be written: its file system is for reading only: give another path",
+        errno.ENAMETOOLONG: "has too long a name: give another path",
+    }.get(number, f"cannot be read or written ({error.strerror}): give another path")
+    return f"{path} {what}"
 
 
 class Unread:
@@ -289,7 +314,12 @@ def output_folder(path):
     """Make the folder `path`. If the block fails, a folder that did not exist before is removed again, unless it holds
     something. An error that says that the disk is full gets its name."""
     existed = path.exists()
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in (*FULL, errno.EIO):
+            raise
+        raise UserError(f"the folder {path} cannot be made ({error.strerror}): give another --out_dir") from None
     try:
         yield
     except BaseException as error:
@@ -364,11 +394,15 @@ def append_line(path, record):
         file.write(json.dumps(record).encode() + b"\n")
 
 
-def read_lines(path, **fields):
+def read_lines(path, half=False, /, **fields):
     """[(line, object)] of a JSON Lines file; an unterminated last line, which a killed writer leaves, is left out. fields: names
-    and types of the fields that each object must have, numbers finite. Raises UserError for a line that is not such an object."""
-    records = []
-    for number, line in enumerate(read_text(path, "replace").splitlines(keepends=True), 1):
+    and types of the fields that each object must have, numbers finite. half: a last line that is no JSON is left out too, and such a line
+    is named on standard error. Raises UserError for a line that is not such an object."""
+    records, lines = [], read_text(path, "replace").splitlines(keepends=True)
+    if half and lines and not is_json(lines[-1]):
+        print(f"{Path(sys.argv[0]).name}: warning: {path}, line {len(lines)} is half written: passed over", file=sys.stderr)
+        lines.pop()
+    for number, line in enumerate(lines, 1):
         if line.endswith("\n"):
             try:
                 records.append((line, json.loads(line)))
@@ -381,6 +415,14 @@ def read_lines(path, **fields):
             except (ValueError, TypeError, RecursionError) as error:
                 raise UserError(f"{path}, line {number} is damaged ({type(error).__name__}: {error}): mend or remove it") from None
     return records
+
+
+def is_json(line):
+    try:
+        json.loads(line)
+        return line.endswith("\n")
+    except (ValueError, RecursionError):
+        return False
 
 
 def choose_device(name, local_rank=0):

@@ -225,6 +225,9 @@ def main():
     if args.idea == "":
         raise UserError("--idea= is an empty text")
     folders = [source for source in args.sources if source.suffix != ".parquet"]
+    options.refuse_given(args, () if args.idea else ("layer", "head"), "is for --idea: leave it out")
+    options.refuse_given(args, ("max_loss",) if args.bands or args.idea else (), "is for curves of losses: leave it out")
+    options.refuse_given(args, ("n_head",) if folders == args.sources else (), "is for the file of a Laplacian: leave it out")
     if (args.bands or args.idea) and (len(args.sources) != 1 or not folders or args.bands and args.idea):
         raise UserError("--bands and --idea take one output folder of train.py, each by itself")
     if not folders and args.out is None:

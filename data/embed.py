@@ -7,7 +7,6 @@ The rotation changes no distance between documents, but a graph of features need
 feature columns are orthogonal, and no feature has neighbours. lsa.npz keeps the words and their vectors, for other texts.
 Any other --model is a sentence-transformers model, by name or by path; all-MiniLM-L6-v2 is the published run's."""
 
-import os
 import sys
 import zipfile
 from itertools import islice
@@ -18,6 +17,7 @@ from common import Parser, UserError, refuse_existing, replacing, run, waiting  
 import numpy as np
 
 from data.corpus import Corpus
+from data.sources import seek_hub
 
 
 def lsa(texts, dim, seed):
@@ -99,7 +99,8 @@ def varimax(loadings):
 
 def sentence_model(texts, name, dim=None):
     """(N, F) float32, rows of unit length, by a sentence-transformers model, whose own F a given dim must equal. Raises UserError."""
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are not the user's concern
+    if not Path(name).exists():
+        seek_hub()
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:

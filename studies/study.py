@@ -29,7 +29,7 @@ def read_results(paths, **more):
     """The records of the finished runs; of a run with several, the last. more: further fields that they must have, with their types."""
     lines = {}
     for path in paths:
-        for _, record in read_lines(path, run=str, config=str, seed=int, best_loss=NUMBER, seconds=NUMBER, settings=dict, **more):
+        for _, record in read_lines(path, True, run=str, config=str, seed=int, best_loss=NUMBER, seconds=NUMBER, settings=dict, **more):
             lines.pop(record["run"], None)  # so that it stands where its last line does
             lines[record["run"]] = record
     return list(lines.values())
