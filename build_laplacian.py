@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.embeddings import opened
-from data.laplacian import MOST_FEATURES, check_laplacian, components, laplacian_of, load_laplacian, save_laplacian
+from data.laplacian import MOST_FEATURES, check_laplacian, components, laplacian_of, load_laplacian, said_beside, save_laplacian
 
 
 def gram_matrix(shards, center=False):
@@ -171,6 +171,8 @@ def build(args):
             "center": args.center,
             "zero_columns": int((np.diag(gram) <= 0).sum()),
         }
+        if (made := said_beside(args.embeddings)).get("embeddings") == settings["sha256"]:
+            settings["corpus"] = made.get("corpus")  # the hash of the text, as in its meta.json
         if settings["zero_columns"] == len(gram):
             raise UserError(f"{args.embeddings}: every feature is {'constant' if args.center else 'zero'}: there is no graph in it")
         if settings["zero_columns"]:

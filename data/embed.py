@@ -1,5 +1,6 @@
 """Texts -> embeddings.npy (N, F) float32, one row for each document of a prepared corpus's training split, and
-token_embeddings.npy (V, F), one for each token of its vocabulary (embedding_init = "domain" starts from it).
+token_embeddings.npy (V, F), one for each token of its vocabulary (embedding_init = "domain" starts from it). embeddings.json says by
+their hashes of which corpus and vocabulary they are.
 
 lsa, the default, is latent semantic analysis (Deerwester et al. 1990): TF-IDF of the documents' words, the F largest
 singular directions, rotated so that each stands for few words (varimax), rows of unit length. It needs no download.
@@ -7,6 +8,8 @@ The rotation changes no distance between documents, but a graph of features need
 feature columns are orthogonal, and no feature has neighbours. lsa.npz keeps the words and their vectors, for other texts.
 Any other --model is a sentence-transformers model, by name or by path; all-MiniLM-L6-v2 is the published run's."""
 
+import hashlib
+import json
 import sys
 import zipfile
 from itertools import islice
@@ -145,12 +148,16 @@ def main():
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed={args.seed} must be 0 or more and below 2^32")
     corpus = Corpus(args.data_dir)
-    for name in ("embeddings.npy", "token_embeddings.npy", "lsa.npz"):
+    for name in ("embeddings.npy", "token_embeddings.npy", "lsa.npz", "embeddings.json"):
         refuse_existing(args.data_dir / name, args.overwrite)
 
     def write(name, save, *arrays, **named):
         with replacing(args.data_dir / name) as temporary, open(temporary, "wb") as file:
             save(file, *arrays, **named)
+
+    def digest(name):
+        with open(args.data_dir / name, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     texts = islice(corpus.documents("train"), args.documents)
     if args.model == "lsa":
@@ -163,8 +170,13 @@ def main():
         tokens = sentence_model(strings, args.model)
         tokens[[not string for string in strings]] = 0
         (args.data_dir / "lsa.npz").unlink(missing_ok=True)  # it belongs to other features
+    (args.data_dir / "embeddings.json").unlink(missing_ok=True)
     write("token_embeddings.npy", np.save, tokens)
     write("embeddings.npy", np.save, embeddings)
+    made = {"corpus": corpus.meta.get("sha256"), "vocabulary": digest("tokenizer.json")}
+    made |= {"model": args.model, "embeddings": digest("embeddings.npy"), "token_embeddings": digest("token_embeddings.npy")}
+    with replacing(args.data_dir / "embeddings.json") as temporary:
+        temporary.write_text(json.dumps(made, indent=1) + "\n")
     print(f"{args.data_dir / 'embeddings.npy'}: {embeddings.shape[0]:,} documents, {embeddings.shape[1]} features")
 
 

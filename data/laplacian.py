@@ -70,6 +70,15 @@ def save_laplacian(path, L, settings):
         settings_path.write_text(json.dumps(settings, indent=1) + "\n")
 
 
+def said_beside(path):
+    """The dict in the JSON beside a file that was made; {} where there is none, or it is damaged."""
+    try:
+        said = json.loads(Path(path).with_suffix(".json").read_text())
+        return said if isinstance(said, dict) else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+
+
 def load_laplacian(path):
     """The dense Laplacian (F, F) float64 of a parquet file written by save_laplacian or by the author's tool.
     Raises FileNotFoundError, or UserError if the file is damaged or its matrix is not the Laplacian of a connected graph."""
