@@ -157,6 +157,8 @@ def build(args):
         shards = opened(args.embeddings, args.column)
         if not 2 <= shards[0].columns <= MOST_FEATURES:
             raise UserError(f"{args.embeddings} has {shards[0].columns} features: a graph has 2 to {MOST_FEATURES}")
+        if sum(shard.rows for shard in shards) < 2:
+            raise UserError(f"{args.embeddings} has one row: a graph of features is made of many documents, two at least")
         with ThreadPoolExecutor(1) as beside:
             digest = beside.submit(sha256, shards) if RANK == 0 else None
             gram, rows = gram_matrix(shards, args.center)

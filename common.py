@@ -136,13 +136,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         missing = re.search(r"arguments are required: (.*)", message)
-        example = re.search(r"^ +(python .*?)(  |$)", self.description, re.M)  # the first of the doc-string
+        example = re.search(r"^ +((?:python|bash) .*?)(  |$)", self.description, re.M)  # the first of the doc-string
         if missing:
             message = f"{missing[1]} is missing, as in `{example[1] if example else f'python {sys.argv[0]} {missing[1]}'}`"
         raise UserError(f"{message} (--help lists the options)")
 
     def parse_args(self, words=None):
-        parsed, unknown = self.parse_known_args(self.spelled(sys.argv[1:] if words is None else words))
+        parsed, unknown = self.parse_known_intermixed_args(self.spelled(sys.argv[1:] if words is None else words))
         if unknown:
             self.refuse(unknown)
         return parsed
@@ -211,6 +211,16 @@ def waiting(what):
         yield
     finally:
         timer.cancel()
+
+
+NOTES = []  # the lines of note() that are in no log yet
+
+
+def note(line):
+    """Say a line on standard error, of rank 0 alone; a run's log.txt has it too."""
+    if RANK == 0:
+        print(line, file=sys.stderr)
+        NOTES.append(line)
 
 
 def run(main):

@@ -12,11 +12,13 @@ Without --out the figure goes into the first OUT_DIR, and one that plot.py has d
 from functools import partial
 from pathlib import Path
 
-from common import NUMBER, Parser, UserError, check_place, read_lines, replacing, run  # isort: skip, for it tells of packages that are missing
-import matplotlib
+from common import NUMBER, Parser, UserError, check_place, read_lines, replacing, run, waiting  # isort: skip, for it tells of packages that are missing
 
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
+with waiting("importing matplotlib"):
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
 import numpy as np
 
 from data import tokenizer as tokenizers

@@ -14,6 +14,7 @@ import math
 import os
 import sys
 import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from common import NOT_NEGATIVE, Parser, UserError, choose_device, one_of, read_text, run, waiting  # isort: skip, for it tells of packages that are missing
@@ -26,6 +27,7 @@ from data.corpus import Corpus
 # What needs torch, whose import takes seconds, is imported where it is used, so that a mistake in the command line is answered at once.
 
 BATCH = 64  # samples generated at a time
+SMALL = 50_000_000  # parameters of a model whose single sample is drawn by one thread
 CACHES = ("exact", "stream", "none")
 RANGES = {  # of the arguments of generate_many(), and of --stride: (predicate of the value, what it must be)
     "max_new_tokens": NOT_NEGATIVE,
@@ -94,6 +96,21 @@ def check_ranges(values, dashes=""):
             raise UserError(f"{dashes}{name}={value} is out of range: it must be {must}")
 
 
+@contextmanager
+def threads_for(model, rows):
+    """Yield a function to call when the prompt is read: from then on, to the end of the block, a single sample of a small model has one
+    thread. Its tokens are products of matrices with one vector, which a second thread makes no faster, but waits for: on a machine with
+    other work 10 to 40 times as long."""
+    import torch
+
+    before = torch.get_num_threads()
+    alone = rows == 1 and model.head.weight.device.type == "cpu" and model.parameter_count() <= SMALL
+    try:
+        yield lambda: torch.set_num_threads(1 if alone else before)
+    finally:
+        torch.set_num_threads(before)
+
+
 def generate_many(
     model,
     tokenizer,
@@ -142,11 +159,13 @@ def generate_many(
         for first in range(0, len(rows), BATCH):
             batch = texts[first : first + BATCH]
             drawn = decode_n_tokens(model, *zip(*rows[first : first + BATCH]), max_new_tokens, temperature, top_k, top_p, cache, end)
-            for row, token in drawn:
-                bar.update()
-                piece(first + row, batch[row].end() if token in end else batch[row].add(token), 1)
-                if all(text.stopped for text in batch):
-                    break
+            with threads_for(model, len(batch)) as begun:
+                for row, token in drawn:
+                    begun()
+                    bar.update()
+                    piece(first + row, batch[row].end() if token in end else batch[row].add(token), 1)
+                    if all(text.stopped for text in batch):
+                        break
     for row, text in enumerate(texts):
         piece(row, text.end(), 0)
     return ["".join(row) for row in pieces]
@@ -218,7 +237,8 @@ def write_score(args, model, tokenizer):
     if stride > window:
         raise UserError(f"--stride={stride} must be at most the model's block_size, {window}: tokens between would not be scored")
     loss, count, length, number = 0.0, 0, 0, 0
-    with tqdm(unit=" tokens", disable=True if args.quiet else None) as progress:
+    say = nullcontext() if args.quiet else waiting("scoring")
+    with say, tqdm(unit=" tokens", disable=True if args.quiet else None) as progress:
         for tokens, size in documents(args.score, tokenizer, args.text_key):
             if len(tokens) > 1:
                 loss += loss_of(model, tokens, args.cache, stride)
@@ -352,7 +372,8 @@ def main():
         print(before[0], end="", flush=True)
         show = lambda piece, _: print(piece, end="", flush=True)
     progress = not (terminal or args.quiet)
-    texts = generate_many(model, tokenizer, prompts, num_samples=args.num_samples, show=show, progress=progress, **how)
+    with waiting("generating") if progress else nullcontext():
+        texts = generate_many(model, tokenizer, prompts, num_samples=args.num_samples, show=show, progress=progress, **how)
     samples = [prompt + text for prompt, text in zip(before, texts)]
     if terminal:
         samples[0] = ""  # it is there already

@@ -163,7 +163,8 @@ def main():
     if args.model == "lsa":
         with waiting("counting words and reducing them to features, seconds to minutes"):
             embeddings, words, idf, vectors = lsa(texts, args.dim or 384, args.seed)
-        tokens = lsa_token_embeddings(corpus.tokenizer, words, idf, vectors)
+        with waiting("giving the vocabulary's tokens the vectors of their words"):
+            tokens = lsa_token_embeddings(corpus.tokenizer, words, idf, vectors)
         write("lsa.npz", np.savez, words=words, idf=idf, vectors=vectors)
     else:
         embeddings, strings = sentence_model(texts, args.model, args.dim), token_strings(corpus.tokenizer)

@@ -15,11 +15,13 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import Parser, UserError, check_place, refuse_existing, replacing, run  # isort: skip, for it tells of packages that are missing
+from common import Parser, UserError, check_place, refuse_existing, replacing, run, waiting  # isort: skip, for it tells of packages that are missing
 import numpy as np
-import torch
 
-import plot
+with waiting("importing torch and matplotlib"):
+    import torch
+
+    import plot
 from data import sources
 from data.corpus import Corpus
 from data.embed import lsa_embeddings, sentence_model

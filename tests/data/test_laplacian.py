@@ -407,6 +407,7 @@ def nan_embeddings(path):
         (["--graph=chain", "--dim=8", "--center", "--out=l.parquet"], "--center needs"),
         (["--graph=chain", "--dim=8", "--column=e", "--out=l.parquet"], "--column needs EMBEDDINGS"),
         (["e.npy", "--column=e", "--out=l.parquet"], "--column=e: e.npy has no named arrays"),
+        (["one.csv", "--out=one.parquet"], "one.csv has one row: a graph of features is made of many documents"),
         (["e.npy", "--n_head=3", "--out=l.parquet"], "is for --inspect"),
         (["--inspect=chain.parquet", "--out=nowhere/l.png"], "nowhere"),
         (["--inspect=absent.parquet"], "absent.parquet does not exist"),
@@ -419,6 +420,7 @@ def nan_embeddings(path):
 def test_mistakes(built, args, expected):
     nan_embeddings(built / "nan.npy")
     np.save(built / "one.npy", np.zeros(5))
+    (built / "one.csv").write_text("1.5,2,3\n")
     (built / "short.npy").write_bytes((built / "e.npy").read_bytes()[:100])
     (built / "taken.parquet").write_bytes(b"mine")
     (built / "theirs.json").write_text("mine")
