@@ -14,7 +14,7 @@ import math
 import os
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 from common import NOT_NEGATIVE, Parser, UserError, choose_device, one_of, read_text, run, waiting  # isort: skip, for it tells of packages that are missing
@@ -27,7 +27,6 @@ from data.corpus import Corpus
 # What needs torch, whose import takes seconds, is imported where it is used, so that a mistake in the command line is answered at once.
 
 BATCH = 64  # samples generated at a time
-SMALL = 50_000_000  # parameters of a model whose single sample is drawn by one thread
 CACHES = ("exact", "stream", "none")
 RANGES = {  # of the arguments of generate_many(), and of --stride: (predicate of the value, what it must be)
     "max_new_tokens": NOT_NEGATIVE,
@@ -96,21 +95,6 @@ def check_ranges(values, dashes=""):
             raise UserError(f"{dashes}{name}={value} is out of range: it must be {must}")
 
 
-@contextmanager
-def threads_for(model, rows):
-    """Yield a function to call when the prompt is read: from then on, to the end of the block, a single sample of a small model has one
-    thread. Its tokens are products of matrices with one vector, which a second thread makes no faster, but waits for: on a machine with
-    other work 10 to 40 times as long."""
-    import torch
-
-    before = torch.get_num_threads()
-    alone = rows == 1 and model.head.weight.device.type == "cpu" and model.parameter_count() <= SMALL
-    try:
-        yield lambda: torch.set_num_threads(1 if alone else before)
-    finally:
-        torch.set_num_threads(before)
-
-
 def generate_many(
     model,
     tokenizer,
@@ -159,13 +143,11 @@ def generate_many(
         for first in range(0, len(rows), BATCH):
             batch = texts[first : first + BATCH]
             drawn = decode_n_tokens(model, *zip(*rows[first : first + BATCH]), max_new_tokens, temperature, top_k, top_p, cache, end)
-            with threads_for(model, len(batch)) as begun:
-                for row, token in drawn:
-                    begun()
-                    bar.update()
-                    piece(first + row, batch[row].end() if token in end else batch[row].add(token), 1)
-                    if all(text.stopped for text in batch):
-                        break
+            for row, token in drawn:
+                bar.update()
+                piece(first + row, batch[row].end() if token in end else batch[row].add(token), 1)
+                if all(text.stopped for text in batch):
+                    break
     for row, text in enumerate(texts):
         piece(row, text.end(), 0)
     return ["".join(row) for row in pieces]
