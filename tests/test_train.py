@@ -11,7 +11,7 @@ from conftest import ROOT, fails, metrics, ok, run_script, untimed
 from test_data import write_jsonl
 
 from build_laplacian import load_laplacian
-from common import Parser, UserError, waiting
+from common import Parser, UserError, output_folder, told, waiting
 from data.corpus import Corpus
 from model import ModelConfig
 from ops import attention
@@ -284,6 +284,24 @@ def test_mistakes_are_answered_without_torch(here, tmp_path):
     ):
         assert expected in fails(*words, cwd=here, env=env)
     assert "--n_layer INT" in ok("train.py", "--help", cwd=here, env=env)
+
+
+def test_what_the_system_says_of_a_file_is_told_in_words(tmp_path):
+    (tmp_path / "file").touch()
+    for opens, said in (
+        (lambda: open(tmp_path / "absent"), "absent does not exist, and is to be read"),
+        (lambda: open(tmp_path / "no/file", "w"), f"no/file cannot be read or written: there is no folder {tmp_path}/no"),
+        (lambda: open(tmp_path), "is a folder, where a file is meant"),
+        (lambda: open(tmp_path / "file/x"), "file is a file, no folder"),
+        (lambda: open(""), "an empty path names no file"),
+        (lambda: open(tmp_path / "no/.a.parquet.12.tmp", "w"), "no/a.parquet cannot be read or written"),
+    ):
+        with pytest.raises(OSError) as error:
+            opens()
+        assert said in told(error.value) and "Errno" not in told(error.value)
+    with pytest.raises(UserError, match="the folder .*file/c cannot be made .Not a directory.: give another --out_dir"):
+        with output_folder(tmp_path / "file/c"):
+            pass
 
 
 def test_what_takes_long_is_said(monkeypatch, capsys, tmp_path):
