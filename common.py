@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -127,7 +128,16 @@ def interrupted(error):
     return error is not None
 
 
-sys.excepthook = not_by_us
+def not_raised(lost):
+    """The unraisablehook: Ctrl-C that came in a callback of the interpreter's, where it is dropped, comes again a moment later."""
+    if lost.exc_type is KeyboardInterrupt:
+        with suppress(RuntimeError):  # the interpreter ends already
+            threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(lost)
+
+
+sys.excepthook, sys.unraisablehook = not_by_us, not_raised
 
 
 class Parser(argparse.ArgumentParser):

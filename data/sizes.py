@@ -109,6 +109,8 @@ def main():
     options.add_argument("paths", nargs="*", metavar="FILE_OR_FOLDER", help="the text, before it is prepared")
     options.add_argument("--data_dir", type=Path, help="the prepared corpus")
     args, more = options.parse_known_args()
+    if not (args.paths or args.data_dir):
+        options.error("the following arguments are required: FILE_OR_FOLDER")
     given = dict(option.lstrip("-").replace("-", "_").split("=", 1) for option in more if "=" in option)
     if args.data_dir:
         corpus = Corpus(args.data_dir)

@@ -67,6 +67,16 @@ def test_interrupted_while_it_imports(here):
         assert (done.returncode, done.stdout, done.stderr) == (130, "", ""), (command, done)
 
 
+def test_an_interruption_that_is_dropped_comes_again(tmp_path):
+    (tmp_path / "dropped.py").write_text(
+        "import common, time\nclass Interrupted:\n    def __del__(self):\n        raise KeyboardInterrupt\nInterrupted()\ntime.sleep(60)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, tmp_path / "dropped.py"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 def test_without_a_folder_for_what_is_compiled(tmp_path, monkeypatch):
     def no_entry(user):
         raise KeyError(user)
