@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.embeddings import opened
-from data.laplacian import MOST_FEATURES, check_laplacian, components, laplacian_of, load_laplacian, save_laplacian
+from data.laplacian import MOST_FEATURES, check_laplacian, components, laplacian_of, load_laplacian, said_beside, save_laplacian
 
 
 def gram_matrix(shards, center=False):
@@ -157,6 +157,8 @@ def build(args):
         shards = opened(args.embeddings, args.column)
         if not 2 <= shards[0].columns <= MOST_FEATURES:
             raise UserError(f"{args.embeddings} has {shards[0].columns} features: a graph has 2 to {MOST_FEATURES}")
+        if sum(shard.rows for shard in shards) < 2:
+            raise UserError(f"{args.embeddings} has one row: a graph of features is made of many documents, two at least")
         with ThreadPoolExecutor(1) as beside:
             digest = beside.submit(sha256, shards) if RANK == 0 else None
             gram, rows = gram_matrix(shards, args.center)
@@ -171,6 +173,8 @@ def build(args):
             "center": args.center,
             "zero_columns": int((np.diag(gram) <= 0).sum()),
         }
+        if (made := said_beside(args.embeddings)).get("embeddings") == settings["sha256"]:
+            settings["corpus"] = made.get("corpus")  # the hash of the text, as in its meta.json
         if settings["zero_columns"] == len(gram):
             raise UserError(f"{args.embeddings}: every feature is {'constant' if args.center else 'zero'}: there is no graph in it")
         if settings["zero_columns"]:
@@ -270,7 +274,7 @@ def main():
         "--inspect",
         type=Path,
         metavar="FILE.parquet",
-        help="print the numbers of a Laplacian and draw it (to --out, default FILE.png); build nothing",
+        help="print the numbers of a Laplacian and draw it (to --out; default: FILE.png, drawn again if plot.py drew it); build nothing",
     )
     options.add_argument("--n_head", type=int, help="with --inspect: also the Laplacians of a model's heads, n_embd being F")
     options = parser.add_argument_group("the recipe")
@@ -306,7 +310,9 @@ def main():
         if args.embeddings:
             raise UserError(f"--inspect={args.inspect} builds nothing: leave {args.embeddings} out")
         out = args.out or args.inspect.with_suffix(".png")
-        check_place(out, ".png", args.overwrite)
+        from plot import drawn_here  # here, because it brings matplotlib
+
+        check_place(out, ".png", args.overwrite or args.out is None and drawn_here(out))
         if RANK == 0:
             sys.exit(inspect(args.inspect, args.n_head, out))
         return

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -20,6 +21,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import field
 from pathlib import Path
 
+# Read when torch is imported after this. Its threads otherwise wait for each other in a loop, milliseconds at a time, and on a machine
+# whose cores have other work too that made training 30 times as slow.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 RANK, LOCAL_RANK, WORLD, RESTARTS = (
     int(os.environ.get(name, default))  # among the processes that torchrun started, and how often --max-restarts restarted them
     for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("TORCHELASTIC_RESTART_COUNT", 0))
@@ -111,8 +115,11 @@ def meant(name, names, dashes=""):
     return f", did you mean {dashes}{near}?" if near else ""
 
 
-def package_missing(kind, error, trace):
-    """The excepthook: for a package of requirements.txt that is not installed, one line and exit code 2."""
+def not_by_us(kind, error, trace):
+    """The excepthook, for what happens while a script imports: Ctrl-C ends it with exit code 130, without a traceback; a package of
+    requirements.txt that is not installed with one line and exit code 2."""
+    if interrupted(error):
+        sys.exit(130)
     name = (getattr(error, "name", None) or "").partition(".")[0]
     name = "scikit-learn" if name == "sklearn" else name
     if kind is ModuleNotFoundError and name in re.findall("^[a-z-]+", (ROOT / "requirements.txt").read_text(), re.MULTILINE):
@@ -121,7 +128,23 @@ def package_missing(kind, error, trace):
     sys.__excepthook__(kind, error, trace)
 
 
-sys.excepthook = package_missing
+def interrupted(error):
+    """Whether an exception is Ctrl-C, or what a package made of it while it was imported."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def not_raised(lost):
+    """The unraisablehook: Ctrl-C that came in a callback of the interpreter's, where it is dropped, comes again a moment later."""
+    if lost.exc_type is KeyboardInterrupt:
+        with suppress(RuntimeError):  # the interpreter ends already
+            threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(lost)
+
+
+sys.excepthook, sys.unraisablehook = not_by_us, not_raised
 
 
 class Parser(argparse.ArgumentParser):
@@ -133,13 +156,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         missing = re.search(r"arguments are required: (.*)", message)
-        example = re.search(r"^ +(python .*?)(  |$)", self.description, re.M)  # the first of the doc-string
+        example = re.search(r"^ +((?:python|bash) .*?)(  |$)", self.description, re.M)  # the first of the doc-string
         if missing:
             message = f"{missing[1]} is missing, as in `{example[1] if example else f'python {sys.argv[0]} {missing[1]}'}`"
         raise UserError(f"{message} (--help lists the options)")
 
     def parse_args(self, words=None):
-        parsed, unknown = self.parse_known_args(self.spelled(sys.argv[1:] if words is None else words))
+        parsed, unknown = self.parse_known_intermixed_args(self.spelled(sys.argv[1:] if words is None else words))
         if unknown:
             self.refuse(unknown)
         return parsed
@@ -170,6 +193,12 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"{word} must be True or False")
             return name if value.lower() == "true" else None
         return word
+
+    def refuse_given(self, args, names, why):
+        """Raise UserError for the first of these options that is given, which nothing would come of."""
+        for name in names:
+            if getattr(args, name) != self.get_default(name):
+                raise UserError(f"--{name} {why}")
 
     def refuse(self, words):
         """Raise UserError for words that are no arguments, with what the first of them was meant to be."""
@@ -204,6 +233,16 @@ def waiting(what):
         timer.cancel()
 
 
+NOTES = []  # the lines of note() that are in no log yet
+
+
+def note(line):
+    """Say a line on standard error, of rank 0 alone; a run's log.txt has it too."""
+    if RANK == 0:
+        print(line, file=sys.stderr)
+        NOTES.append(line)
+
+
 def run(main):
     """main(), or the end of the program: with exit code 1 for a disk that is full or fails, 2 for a user's mistake (one line on
     stderr either way), 130 after Ctrl-C, 141 if the reader of the output has left."""
@@ -219,11 +258,30 @@ def run(main):
         sys.exit(141)
     except (UserError, OSError) as error:
         rank = f" on rank {RANK}" if WORLD > 1 else ""
-        print(f"{Path(sys.argv[0]).name}: error{rank}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error{rank}: {' '.join(told(error).split())}", file=sys.stderr)
         end_output()
         sys.exit(1 if getattr(error, "errno", None) in (*FULL, errno.EIO) else 2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def told(error):
+    """What an exception says; of the system's about a file: which, what is wrong with it and what to do."""
+    number, path = getattr(error, "errno", None), getattr(error, "filename", None)
+    if not isinstance(path, (str, os.PathLike)) or number in (*FULL, errno.EIO):
+        return str(error)
+    path = Path(re.sub(r"(^|/)\.([^/]+)\.\d+\.tmp$", r"\1\2", str(path)))  # what was to become of replacing()'s temporary file
+    if number == errno.ENOENT and path.parent.is_dir():
+        return f"{path} does not exist, and is to be read: give a file that is there" if path.name else "an empty path names no file"
+    what = {
+        errno.ENOENT: f"cannot be read or written: there is no folder {path.parent}: make it, or give another path",
+        errno.EISDIR: "is a folder, where a file is meant: give the path of a file",
+        errno.ENOTDIR: f"cannot be read or written: {path.parent} is a file, no folder: give another path",
+        errno.EACCES: "may not be read or written (permission denied): change its permissions, or give another path",
+        errno.EROFS: "cannot be written: its file system is for reading only: give another path",
+        errno.ENAMETOOLONG: "has too long a name: give another path",
+    }.get(number, f"cannot be read or written ({error.strerror}): give another path")
+    return f"{path} {what}"
 
 
 class Unread:
@@ -286,7 +344,12 @@ def output_folder(path):
     """Make the folder `path`. If the block fails, a folder that did not exist before is removed again, unless it holds
     something. An error that says that the disk is full gets its name."""
     existed = path.exists()
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in (*FULL, errno.EIO):
+            raise
+        raise UserError(f"the folder {path} cannot be made ({error.strerror}): give another --out_dir") from None
     try:
         yield
     except BaseException as error:
@@ -361,12 +424,15 @@ def append_line(path, record):
         file.write(json.dumps(record).encode() + b"\n")
 
 
-def read_lines(path, **fields):
+def read_lines(path, half=False, /, **fields):
     """[(line, object)] of a JSON Lines file; an unterminated last line, which a killed writer leaves, is left out. fields: names
-    and types of the fields of each object; numbers are finite, and what may be None may lack. Raises UserError for a line that is not
-    such an object."""
-    records = []
-    for number, line in enumerate(read_text(path, "replace").splitlines(keepends=True), 1):
+    and types of the fields of each object; numbers are finite, and what may be None may lack. half: a last line that is no JSON is left
+    out too, and such a line is named on standard error. Raises UserError for a line that is not such an object."""
+    records, lines = [], read_text(path, "replace").splitlines(keepends=True)
+    if half and lines and not is_json(lines[-1]):
+        print(f"{Path(sys.argv[0]).name}: warning: {path}, line {len(lines)} is half written: passed over", file=sys.stderr)
+        lines.pop()
+    for number, line in enumerate(lines, 1):
         if line.endswith("\n"):
             try:
                 record = json.loads(line)
@@ -380,6 +446,14 @@ def read_lines(path, **fields):
             except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
                 raise UserError(f"{path}, line {number} is damaged ({type(error).__name__}: {error}): mend or remove it") from None
     return records
+
+
+def is_json(line):
+    try:
+        json.loads(line)
+        return line.endswith("\n")
+    except (ValueError, RecursionError):
+        return False
 
 
 def choose_device(name, local_rank=0):

@@ -78,13 +78,13 @@ def kron_reduction(L, keep):
 
 
 def head_laplacians(L, config):
-    """One Laplacian per key/value head, (Hkv, D, D) float32, from the domain's L (F, F).
+    """One Laplacian per key/value head, (Hkv, D, D) float32, from the domain's L (F, F), a tensor or what torch.as_tensor() takes.
 
     F == D: every head uses L. F == n_embd: query head h owns the features h*D .. (h+1)*D - 1 and sees the whole
     manifold through them, by Kron reduction; query heads that share a key/value head use the Laplacian of the first of
     them. Raises UserError for any other F."""
     H, Hkv, D = config.n_head, config.n_kv_head, config.head_size
-    L = L.detach().to("cpu", torch.float64)
+    L = torch.as_tensor(L).detach().to("cpu", torch.float64)
     if L.shape == (D, D):
         heads = [L] * Hkv
     elif L.shape == (config.n_embd, config.n_embd):
@@ -314,7 +314,7 @@ def softcapped(z, softcap):
 
 class Tauformer(nn.Module):
     def __init__(self, config, laplacian):
-        """laplacian: (F, F) tensor, F the head size or n_embd; attention = "dot" ignores it.
+        """laplacian: (F, F) tensor or array, F the head size or n_embd; attention = "dot" ignores it.
         Raises UserError if F is neither, or if attention = "tau" gets None."""
         super().__init__()
         self.config = config

@@ -72,13 +72,15 @@ class ModelConfig(ModelSettings):
         group = self.n_head // self.n_kv_head
         if self.local_heads % group or self.local_heads >= self.n_head:
             raise UserError(
-                f"local_heads={self.local_heads} must be less than n_head={self.n_head} and a multiple of {group}, "
-                "the heads that share keys"
+                f"local_heads={self.local_heads} must be at most {self.n_head - group}, of n_head={self.n_head}"
+                + (f", and a multiple of {group}, the heads that share keys" if group > 1 else "")
             )
-        if self.recall_heads % group or self.recall_heads >= self.n_head - self.local_heads + bool(self.local_heads):
+        most = self.n_head - self.local_heads - (0 if self.local_heads else group)
+        if self.recall_heads % group or self.recall_heads > most:
             raise UserError(
-                f"recall_heads={self.recall_heads} must be a multiple of {group}, the heads that share keys, and leave "
-                f"a head: n_head={self.n_head}, local_heads={self.local_heads}"
+                f"recall_heads={self.recall_heads} must be at most {most}"
+                + (f" and a multiple of {group}, the heads that share keys" if group > 1 else "")
+                + f", of n_head={self.n_head} with local_heads={self.local_heads}"
             )
         if self.attention == "dot" and (self.spectral_filter or self.local_heads or not self.tau_rope):
             raise UserError(

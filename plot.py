@@ -12,11 +12,13 @@ Without --out the figure goes into the first OUT_DIR, and one that plot.py has d
 from functools import partial
 from pathlib import Path
 
-from common import Parser, UserError, check_place, read_lines, replacing, run  # isort: skip, for it tells of packages that are missing
-import matplotlib
+from common import Parser, UserError, check_place, read_lines, replacing, run, waiting  # isort: skip, for it tells of packages that are missing
 
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
+with waiting("importing matplotlib"):
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
 import numpy as np
 
 from data import tokenizer as tokenizers
@@ -231,6 +233,9 @@ def main():
     if args.idea == "":
         raise UserError("--idea= is an empty text")
     folders = [source for source in args.sources if source.suffix != ".parquet"]
+    options.refuse_given(args, () if args.idea else ("layer", "head"), "is for --idea: leave it out")
+    options.refuse_given(args, ("max_loss",) if args.bands or args.idea else (), "is for curves of losses: leave it out")
+    options.refuse_given(args, ("n_head",) if folders == args.sources else (), "is for the file of a Laplacian: leave it out")
     if (args.bands or args.idea) and (len(args.sources) != 1 or not folders or args.bands and args.idea):
         raise UserError("--bands and --idea take one output folder of train.py, each by itself")
     if not folders and args.out is None:

@@ -3,8 +3,8 @@
     python sample.py out/quickstart --prompt="The list object" --max_new_tokens=100 --num_samples=3
     python sample.py out/quickstart --prompts=FILE       a prompt a line, their samples one after another
     python sample.py out/quickstart --interactive        asks for prompts; Ctrl-C stops a sample
-    python sample.py out/quickstart --score=FILE         loss, perplexity and bits per byte of a text, or of documents (FILE.jsonl, or
-                                                         the folder of a prepared corpus, whose validation documents are taken)
+    python sample.py out/quickstart --score=FILE         loss, perplexity and bits per byte of a text, of records (JSONL, JSON, parquet)
+                                                         or of the validation documents of a prepared corpus's folder
 
 Writes the generated text, and nothing else, to standard output. On a terminal it comes as it is generated, after its prompt, and lines
 stand between samples. Several samples are generated as one batch and written one after another."""
@@ -14,18 +14,31 @@ import math
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
-from common import Parser, UserError, choose_device, read_text, run, waiting  # isort: skip, for it tells of packages that are missing
+from common import NOT_NEGATIVE, Parser, UserError, choose_device, one_of, read_text, run, waiting  # isort: skip, for it tells of packages that are missing
 from tqdm import tqdm
 
+from data import sources
 from data import tokenizer as tokenizers
 from data.corpus import Corpus
-from data.sources import read_jsonl
 
 # What needs torch, whose import takes seconds, is imported where it is used, so that a mistake in the command line is answered at once.
 
 BATCH = 64  # samples generated at a time
+CACHES = ("exact", "stream", "none")
+RANGES = {  # of the arguments of generate_many(), and of --stride: (predicate of the value, what it must be)
+    "max_new_tokens": NOT_NEGATIVE,
+    "num_samples": (lambda value: 1 <= value <= 4096, "1 to 4096"),
+    "temperature": (lambda value: 0 <= value < math.inf, "0 or more, and finite"),
+    "top_k": (lambda value: value >= 0, "0 or more"),
+    "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "seed": NOT_NEGATIVE,
+    "stop": (lambda value: not isinstance(value, str) and all(value), "a list of texts that are not empty"),
+    "cache": one_of(*CACHES),
+    "stride": (lambda value: value is None or value >= 1, "1 or more"),
+}
 LINE = "\n" + "-" * 15 + "\n"  # between samples on a terminal
 
 
@@ -74,6 +87,14 @@ class Text:
         return shown
 
 
+def check_ranges(values, dashes=""):
+    """Raise UserError for the first of {name: value} that is out of its range."""
+    for name, value in values.items():
+        good, must = RANGES[name]
+        if not good(value):
+            raise UserError(f"{dashes}{name}={value} is out of range: it must be {must}")
+
+
 def generate_many(
     model,
     tokenizer,
@@ -94,9 +115,15 @@ def generate_many(
 
     stop: texts before which a sample ends; with any, it also ends at its document's end. cache: as decode_n_tokens() takes it.
     show: a function that gets each piece of the first text as it comes, and its number of tokens. progress: show a bar on standard
-    error, if that is a terminal. Raises UserError for a character that the tokenizer lacks."""
+    error, if that is a terminal. Raises UserError for an argument that is out of range and for a character that the tokenizer lacks."""
     from decoding.generate import decode_n_tokens
 
+    ranged = dict(max_new_tokens=max_new_tokens, num_samples=num_samples, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    check_ranges(ranged | dict(stop=stop) | (dict(cache=cache) if isinstance(cache, str) else {}))
+    if isinstance(prompts, str):
+        raise UserError(f"prompts={prompts!r} must be a list of texts; generate() takes one")
+    if not prompts:
+        return []
     tokens = [tokenizer.encode(prompt) for prompt in prompts]
     if isinstance(cache, str) or not cache.pending:
         tokens = [prompt or [0 if tokenizer.end_token is None else tokenizer.end_token] for prompt in tokens]
@@ -160,20 +187,28 @@ def interactive(model, tokenizer, how):
         print(f"[{sum(counts)} tokens, {sum(counts) / seconds:.1f} tokens/s]", file=sys.stderr)
 
 
-def documents(name, tokenizer):
+def documents(name, tokenizer, key="text"):
     """Yield (tokens, bytes) of what is to be scored: tokens of which all but the first count, and how many bytes of text those are.
-    A text is one document. Those of a JSONL file or of a corpus begin after an end token, which is not counted, and end with one, which
-    is, as in training; where the tokenizer has none, their first token is not counted."""
+    A file is what data/text/prepare.py takes it for: a text, which is one document, or records, whose texts are under `key`. Those and a
+    corpus's documents begin after an end token, which is not counted, and end with one, which is, as in training; where the tokenizer
+    has none, their first token is not counted."""
     end = [] if tokenizer.end_token is None else [tokenizer.end_token]
-    if name and Path(name).is_dir():
-        texts = Corpus(name).documents("val")
-    elif ".jsonl" in Path(name).suffixes:
-        texts = read_jsonl([name])
-    else:
-        texts, end = [read_text(name)], []
-    for text in texts:
-        tokens = [*end, *tokenizer.encode(text), *end]
-        yield tokens, len(tokenizer.decode_bytes(tokens[1 : len(tokens) - len(end)]))
+    if not name:
+        raise UserError("--score= names no file")
+    with sources.rereadable(Path(name), None) as path:
+        if path.is_dir():
+            if not (path / "meta.json").exists():
+                made = f"what `python data/text/prepare.py {path} --out_dir=NEW` makes of it"
+                raise UserError(f"no corpus in {path}: --score takes a file, or the folder of a corpus: {made}")
+            texts = Corpus(path).documents("val")
+        elif (kind := sources.form(path, sources.called(name))[0]) == "text":
+            texts, end = ["".join(sources.text_pieces(path, sources.called(name)))], []
+        else:
+            called = sources.called(name)
+            texts = sources.reader(kind, called)(path, called, key, sources.LeftOut())
+        for text in texts:
+            tokens = [*end, *tokenizer.encode(text), *end]
+            yield tokens, len(tokenizer.decode_bytes(tokens[1 : len(tokens) - len(end)]))
 
 
 def write_score(args, model, tokenizer):
@@ -184,8 +219,9 @@ def write_score(args, model, tokenizer):
     if stride > window:
         raise UserError(f"--stride={stride} must be at most the model's block_size, {window}: tokens between would not be scored")
     loss, count, length, number = 0.0, 0, 0, 0
-    with tqdm(unit=" tokens", disable=True if args.quiet else None) as progress:
-        for tokens, size in documents(args.score, tokenizer):
+    say = nullcontext() if args.quiet else waiting("scoring")
+    with say, tqdm(unit=" tokens", disable=True if args.quiet else None) as progress:
+        for tokens, size in documents(args.score, tokenizer, args.text_key):
             if len(tokens) > 1:
                 loss += loss_of(model, tokens, args.cache, stride)
                 count, length, number = count + len(tokens) - 1, length + size, number + 1
@@ -213,9 +249,10 @@ def arguments():
     options.add_argument(
         "--score",
         metavar="FILE",
-        help="loss, perplexity and bits per byte of a text (- for standard input), of the documents of a FILE.jsonl, compressed or not, "
-        "or of the validation documents of a prepared corpus's folder",
+        help="loss, perplexity and bits per byte of a file (- for standard input), a text or records as data/text/prepare.py takes it, or "
+        "of the validation documents of a prepared corpus's folder",
     )
+    options.add_argument("--text_key", default="text", metavar="NAME", help="with --score: name of the text in a record or row")
     options.add_argument(
         "--stride", type=int, metavar="N", help="with --score: tokens by which a window of block_size moves (default: block_size)"
     )
@@ -240,7 +277,7 @@ def arguments():
     options = parser.add_argument_group("how they are computed")
     options.add_argument(
         "--cache",
-        choices=("exact", "stream", "none"),
+        choices=CACHES,
         default="exact",
         help="exact; stream: memory that does not grow, and a context without an end; none: all is computed again "
         "for each token (default: %(default)s)",
@@ -260,18 +297,7 @@ def arguments():
     options.add_argument("--seed", type=int, default=1337, help="(default: %(default)s)")
     options.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: %(default)s)")
     args = parser.parse_args()
-    for name, good in (
-        ("max_new_tokens", 0 <= args.max_new_tokens < 2**31),
-        ("num_samples", 1 <= args.num_samples <= 4096),
-        ("temperature", 0 <= args.temperature < float("inf")),
-        ("top_k", args.top_k >= 0),
-        ("top_p", 0 < args.top_p <= 1),
-        ("seed", 0 <= args.seed < 2**31),
-        ("stop", all(args.stop)),
-        ("stride", args.stride is None or args.stride >= 1),
-    ):
-        if not good:
-            raise UserError(f"--{name}={getattr(args, name)} is out of range (--help lists the options)")
+    check_ranges({name: getattr(args, name) for name in RANGES}, "--")
     sources = ("prompt", "prompt_file", "prompts", "interactive", "score")
     if len(given := [f"--{name}" for name in sources if getattr(args, name) not in (None, False)]) > 1:
         raise UserError(f"give {' or '.join(given)}, not both")
@@ -279,8 +305,11 @@ def arguments():
         raise UserError("--session goes with --cache=stream, one prompt and one sample")
     if args.session and not os.access(folder := args.session.absolute().parent, os.W_OK):
         raise UserError(f"--session={args.session}: {'cannot write to' if folder.exists() else 'there is no'} {folder}")
-    if args.stride and (args.score is None or args.cache == "stream"):
-        raise UserError("--stride moves the windows of --score; --cache=stream has none")
+    parser.refuse_given(args, ("stride", "text_key") if args.score is None else (), "is for --score: leave it out")
+    if args.stride and args.cache == "stream":
+        raise UserError(f"--stride={args.stride} moves windows, and --cache=stream has none: leave one of them out")
+    drawing = ("max_new_tokens", "num_samples", "temperature", "top_k", "top_p", "stop", "separator", "seed")
+    parser.refuse_given(args, drawing if args.score is not None else (), "is for drawing samples, and --score draws none: leave it out")
     if args.interactive and args.num_samples > 1:
         raise UserError("--interactive shows one sample of each prompt: leave --num_samples out")
     return args
@@ -325,7 +354,8 @@ def main():
         print(before[0], end="", flush=True)
         show = lambda piece, _: print(piece, end="", flush=True)
     progress = not (terminal or args.quiet)
-    texts = generate_many(model, tokenizer, prompts, num_samples=args.num_samples, show=show, progress=progress, **how)
+    with waiting("generating") if progress else nullcontext():
+        texts = generate_many(model, tokenizer, prompts, num_samples=args.num_samples, show=show, progress=progress, **how)
     samples = [prompt + text for prompt, text in zip(before, texts)]
     if terminal:
         samples[0] = ""  # it is there already

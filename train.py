@@ -26,13 +26,13 @@ if __name__ == "__main__":  # first of all, for importing torch takes seconds: a
 with waiting("importing torch"):
     import torch
 
-from training import checkpoint, memory, optim, processes, taumode
-from training.batches import batch_of, step_batches
-from training.evaluation import averaged, shown, validation_record
-from training.folder import keep_line, only_looks
-from training.log import Log, profiled
-from training.processes import no_sync, summed, whole
-from training.start import doubts, start
+    from training import checkpoint, memory, optim, processes, taumode
+    from training.batches import batch_of, step_batches
+    from training.evaluation import averaged, shown, validation_record
+    from training.folder import keep_line, only_looks
+    from training.log import Log, profiled
+    from training.processes import no_sync, summed, whole
+    from training.start import doubts, start
 
 LOWEST_SCALE = 0.03125  # lowest factor of the plateau rule: 5 halvings, the published run's last
 MEMORY = 0.98  # share of the losses' running mean that is kept per step: about the mean of 50 steps
@@ -98,8 +98,8 @@ def train(run, asked):
 
 
 def warn(run):
-    for line in doubts(run) if RANK == 0 else ():
-        print(f"train.py: warning: {line}", file=sys.stderr)
+    for line in doubts(run):
+        common.note(f"train.py: warning: {line}")
 
 
 def training_step(run, asked):

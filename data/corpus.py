@@ -303,10 +303,10 @@ class Corpus:
             )
         except FileNotFoundError as error:
             name = self.folder.name
-            name = name if (Path(__file__).parent / name / "prepare.py").exists() else "text"
+            made = f"{name}/prepare.py" if (Path(__file__).parent / name / "prepare.py").exists() else "text/prepare.py SOURCE"
             raise UserError(
                 f"no corpus in {self.folder} ({Path(error.filename).name} is missing): make it with "
-                f"`python data/{name}/prepare.py --out_dir={self.folder}` (--help)"
+                f"`python data/{made} --out_dir={self.folder}` (--help)"
             ) from None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"damaged corpus in {self.folder} ({error}): prepare it again with --overwrite") from None

@@ -1,5 +1,6 @@
 """Texts -> embeddings.npy (N, F) float32, one row for each document of a prepared corpus's training split, and
-token_embeddings.npy (V, F), one for each token of its vocabulary (embedding_init = "domain" starts from it).
+token_embeddings.npy (V, F), one for each token of its vocabulary (embedding_init = "domain" starts from it). embeddings.json says by
+their hashes of which corpus and vocabulary they are.
 
 lsa, the default, is latent semantic analysis (Deerwester et al. 1990): TF-IDF of the documents' words, the F largest
 singular directions, rotated so that each stands for few words (varimax), rows of unit length. It needs no download.
@@ -7,7 +8,8 @@ The rotation changes no distance between documents, but a graph of features need
 feature columns are orthogonal, and no feature has neighbours. lsa.npz keeps the words and their vectors, for other texts.
 Any other --model is a sentence-transformers model, by name or by path; all-MiniLM-L6-v2 is the published run's."""
 
-import os
+import hashlib
+import json
 import sys
 from itertools import islice
 from pathlib import Path
@@ -17,6 +19,7 @@ from common import DAMAGED_ARRAY, Parser, UserError, refuse_existing, replacing,
 import numpy as np
 
 from data.corpus import Corpus
+from data.sources import seek_hub
 
 
 def lsa(texts, dim, seed):
@@ -98,7 +101,8 @@ def varimax(loadings):
 
 def sentence_model(texts, name, dim=None):
     """(N, F) float32, rows of unit length, by a sentence-transformers model, whose own F a given dim must equal. Raises UserError."""
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are not the user's concern
+    if not Path(name).exists():
+        seek_hub()
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
@@ -143,26 +147,36 @@ def main():
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed={args.seed} must be 0 or more and below 2^32")
     corpus = Corpus(args.data_dir)
-    for name in ("embeddings.npy", "token_embeddings.npy", "lsa.npz"):
+    for name in ("embeddings.npy", "token_embeddings.npy", "lsa.npz", "embeddings.json"):
         refuse_existing(args.data_dir / name, args.overwrite)
 
     def write(name, save, *arrays, **named):
         with replacing(args.data_dir / name) as temporary, open(temporary, "wb") as file:
             save(file, *arrays, **named)
 
+    def digest(name):
+        with open(args.data_dir / name, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
     texts = islice(corpus.documents("train"), args.documents)
     if args.model == "lsa":
         with waiting("counting words and reducing them to features, seconds to minutes"):
             embeddings, words, idf, vectors = lsa(texts, args.dim or 384, args.seed)
-        tokens = lsa_token_embeddings(corpus.tokenizer, words, idf, vectors)
+        with waiting("giving the vocabulary's tokens the vectors of their words"):
+            tokens = lsa_token_embeddings(corpus.tokenizer, words, idf, vectors)
         write("lsa.npz", np.savez, words=words, idf=idf, vectors=vectors)
     else:
         embeddings, strings = sentence_model(texts, args.model, args.dim), token_strings(corpus.tokenizer)
         tokens = sentence_model(strings, args.model)
         tokens[[not string for string in strings]] = 0
         (args.data_dir / "lsa.npz").unlink(missing_ok=True)  # it belongs to other features
+    (args.data_dir / "embeddings.json").unlink(missing_ok=True)
     write("token_embeddings.npy", np.save, tokens)
     write("embeddings.npy", np.save, embeddings)
+    made = {"corpus": corpus.meta.get("sha256"), "vocabulary": digest("tokenizer.json")}
+    made |= {"model": args.model, "embeddings": digest("embeddings.npy"), "token_embeddings": digest("token_embeddings.npy")}
+    with replacing(args.data_dir / "embeddings.json") as temporary:
+        temporary.write_text(json.dumps(made, indent=1) + "\n")
     print(f"{args.data_dir / 'embeddings.npy'}: {embeddings.shape[0]:,} documents, {embeddings.shape[1]} features")
 
 

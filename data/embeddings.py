@@ -21,6 +21,13 @@ from common import DAMAGED_ARRAY, RANK, UserError, first_line
 
 CHUNK_ROWS = 4096
 TEXT_BLOCK = 1 << 21  # bytes of a .csv file that are parsed at a time, and more than any row of it has
+SEPARATORS = {  # of a .csv or .tsv file: name, and what to do where it is not the one of the file's kind
+    ";": ("semicolons", "write it with commas, and points in its numbers"),
+    "|": ("bars", "write it with commas"),
+    "\t": ("tabs", "name it .tsv"),
+    ",": ("commas", "name it .csv"),
+    " ": ("blanks", "write it with commas"),
+}
 SHOWN = 6  # names in a message
 DAMAGED = (OSError, pyarrow.ArrowException, SafetensorError, *DAMAGED_ARRAY)  # what the libraries raise for a damaged file
 FIRST_BYTES = {  # of a file: its kind, or what it is and what to do
@@ -95,6 +102,10 @@ class ArrayEmbeddings(Embeddings):
     def mapped(self):
         """The file's array, or {name: array} if it has names."""
         if self.kind == ".npy":
+            with open(self.path, "rb") as file:
+                shape, _, dtype = npy_header(file)
+            if dtype.hasobject:
+                raise UserError(f"{self.path} holds Python objects {shape}, no numbers: save numpy.array(x.tolist(), numpy.float32)")
             return np.load(self.path, mmap_mode="r")
         import torch  # here, because the other kinds do without it
         from safetensors.torch import load_file
@@ -198,6 +209,13 @@ class CsvEmbeddings(Embeddings):
     """A .csv or .tsv file with a column for each feature, whose first line names them or is a row too; in one piece."""
 
     def open(self, column):
+        self.separator = "\t" if self.kind == ".tsv" else ","
+        with open(self.path, encoding="utf-8", errors="replace") as file:
+            line = file.readline().strip()
+        ours = line.count(self.separator)
+        for mark, (name, what) in SEPARATORS.items():  # 0,5;0,25 has as many commas as numbers
+            if mark != self.separator and (theirs := line.count(mark)) and (theirs + 1 >= ours if mark != " " else not ours):
+                raise UserError(f"{self.path} is separated by {name}: {what}")
         self.header = True
         with self.batches() as batches:
             names = batches.schema.names
@@ -219,7 +237,7 @@ class CsvEmbeddings(Embeddings):
         return pyarrow.csv.open_csv(
             self.path,
             pyarrow.csv.ReadOptions(use_threads=False, block_size=TEXT_BLOCK, autogenerate_column_names=not self.header),
-            pyarrow.csv.ParseOptions(delimiter="\t" if self.kind == ".tsv" else ",", newlines_in_values=True),
+            pyarrow.csv.ParseOptions(delimiter=self.separator, newlines_in_values=True),
             pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(kept, pyarrow.float64()), include_columns=kept or None),
         )
 

@@ -53,9 +53,9 @@ def check_laplacian(L, what):
 
 
 def save_laplacian(path, L, settings):
-    """Write L (F, F) in coordinate form, float64, to a parquet file with the columns of the author's tool, and
-    settings, a dict, to the JSON beside it."""
-    path = Path(path)
+    """Write L (F, F), an array or a tensor on the CPU, in coordinate form, float64, to a parquet file with the columns of the author's
+    tool, and settings, a dict, to the JSON beside it."""
+    path, L = Path(path), np.asarray(L)
     row, col = np.nonzero(L)
     constants = {"name_id": path.stem, "n_rows": len(L), "n_cols": len(L), "nnz": len(row)}
     table = pyarrow.table(
@@ -68,6 +68,15 @@ def save_laplacian(path, L, settings):
     with replacing(path.with_suffix(".json")) as settings_path, replacing(path) as temporary:
         pyarrow.parquet.write_table(table, temporary)
         settings_path.write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def said_beside(path):
+    """The dict in the JSON beside a file that was made; {} where there is none, or it is damaged."""
+    try:
+        said = json.loads(Path(path).with_suffix(".json").read_text())
+        return said if isinstance(said, dict) else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
 
 
 def load_laplacian(path):

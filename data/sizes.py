@@ -1,9 +1,9 @@
 """What sizes fit a text: of the vocabulary, the validation split, the graph, the model and the run, as runs/own_text.sh takes them.
 
-    python data/sizes.py FILE_OR_FOLDER ...                    before the text is prepared
-    python data/sizes.py --data_dir=DIR [--key=value ...]      after it; the values that are given are kept
+    python data/sizes.py FILE_OR_FOLDER ... [--key=value ...]      before the text is prepared
+    python data/sizes.py --data_dir=DIR [--key=value ...]          after it; the values that are given are kept
 
-Prints a line of shell for each: name=value, and after it where the value comes from and how to give another."""
+Prints a line of shell for each: name=value, and after it where the value comes from and the option that gives another."""
 
 import math
 import os
@@ -12,8 +12,9 @@ from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import Parser, UserError, run
+from common import Parser, UserError, run, waiting
 from data.corpus import Corpus
+from model_config import ModelConfig
 
 DOCUMENTS = 20_000  # that are embedded, at most
 LEAST = 4  # tokens of context: the convolution's taps
@@ -47,12 +48,17 @@ def common_words(texts):
         return 0
 
 
-def of_files(size):
-    """[(name, value, why)] of what must be known before a text of `size` bytes is prepared."""
-    return [
-        ("vocab_size", power_of_two(size / 700, 320, 8192), "tokens at most: one for every 700 bytes or more, as a power of two"),
-        ("val_fraction", 0.05 if size > 1_000_000 else 0.1, "of the text is for validation"),
-    ]
+def of_files(size, given):
+    """[(name, value, why)] of what data/text/prepare.py must know of a text of `size` bytes, or None where that is not known. given:
+    {name: text} of its options."""
+    vocab_size, why = power_of_two((1 << 30 if size is None else size) / 700, 320, 8192), "tokens at most"
+    if "vocab_size" not in given:
+        why += ", for a data set whose size is not known" if size is None else ": one for every 700 bytes or more, as a power of two"
+    val_fraction = 0.05 if size is None or size > 1_000_000 else 0.1
+    sizes = [("val_fraction", given.get("val_fraction", val_fraction), "of the text is for validation")]
+    if given.get("tokenizer", "bpe") == "bpe":
+        sizes.insert(0, ("vocab_size", given.get("vocab_size", vocab_size), why))
+    return sizes
 
 
 def of_corpus(train, val, documents, words, given):
@@ -103,17 +109,24 @@ def main():
     options.add_argument("paths", nargs="*", metavar="FILE_OR_FOLDER", help="the text, before it is prepared")
     options.add_argument("--data_dir", type=Path, help="the prepared corpus")
     args, more = options.parse_known_args()
+    if not (args.paths or args.data_dir):
+        options.error("the following arguments are required: FILE_OR_FOLDER")
+    given = dict(option.lstrip("-").replace("-", "_").split("=", 1) for option in more if "=" in option)
     if args.data_dir:
         corpus = Corpus(args.data_dir)
-        given = dict(option.lstrip("-").replace("-", "_").split("=", 1) for option in more if "=" in option)
         given = {name: int(value) for name, value in given.items() if value.isascii() and value.isdigit()}
-        words = common_words(islice(corpus.documents("train"), DOCUMENTS))
+        with waiting("counting words that two documents share"):
+            words = common_words(islice(corpus.documents("train"), DOCUMENTS))
         sizes = of_corpus(len(corpus.train), len(corpus.val), corpus.meta["train"]["documents"], words, given)
+        ModelConfig(**{name: value for name, value, _ in sizes if name in ("n_layer", "n_embd", "n_head", "local_heads", "block_size")})
+    elif any((Path(path) / "train.bin").exists() for path in args.paths):
+        return  # nanoGPT's tokens and split stay as they are
     else:
-        sizes = of_files(size_on_disk(args.paths))
+        known = all(Path(path).exists() for path in args.paths)
+        sizes = of_files(size_on_disk(args.paths) if known else None, given)
     for name, value, why in sizes:
         option = {"features": "n_embd=N", "graph": "laplacian=FILE"}.get(name, f"{name}=N")
-        print(f"{f'{name}={value}':<22} # {why} (--{option})")
+        print(f"{f'{name}={value}':<22} # {why}; --{option} gives another")
 
 
 if __name__ == "__main__":

@@ -12,10 +12,14 @@ import json
 import lzma
 import os
 import re
+import socket
 import sys
 import tempfile
+import threading
+import urllib.parse
+import urllib.request
 import zlib
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -27,13 +31,31 @@ ZSTD = b"\x28\xb5\x2f\xfd"
 SKIPPED = 1000  # broken records that --skip_bad leaves out
 LONGEST = 1 << 26  # characters of a value in a JSON file
 ROWS = 1000  # of parquet or a data set, in memory at a time
+ENDINGS = (".gz", ".bz2", ".xz", ".zst")
+START = 1 << 13  # bytes of a file that tell what it is
+UNPACK = "unpack it, and give the folder"
+PANDOC = "`pandoc --to=plain -o NEW.txt FILE` makes text of it"
+PANDAS = "`python -c \"import pandas; pandas.read_{}('FILE').to_parquet('NEW.parquet')\"` makes parquet of it"
+NOT_TAKEN = {  # by the end of the name: what to do
+    ".pdf": "`pdftotext FILE NEW.txt` makes text of it",
+    **dict.fromkeys((".docx", ".odt", ".epub", ".rtf"), PANDOC),
+    **dict.fromkeys((".doc", ".ppt", ".pptx"), "save it as text"),
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar"), UNPACK),
+    **dict.fromkeys((".xlsx", ".xls"), PANDAS.format("excel")),
+    ".csv": PANDAS.format("csv"),
+    ".tsv": PANDAS.format("table"),
+    ".arrow": PANDAS.format("feather"),
+    ".feather": PANDAS.format("feather"),
+}
+BEGINNINGS = {b"%PDF": ".pdf", b"PK\3\4": ".zip", b"Rar!": ".rar", b"7z\xbc\xaf": ".7z", b"{\\rtf": ".rtf", b"\xd0\xcf\x11\xe0": ".doc"}
 KEYS = ("text", "content", "body", "document", "article", "code", "markdown", "description", "abstract")  # usual names of the text
 
 
 class LeftOut:
     """What is not taken of a source, counted by its reason, each file or record once, however often the source is read."""
 
-    def __init__(self, skip_bad=False):
+    def __init__(self, skip_bad=None):
+        """skip_bad: whether the program was given --skip_bad; None: it has no such option."""
         self.skip_bad, self.names = skip_bad, {}
 
     def __call__(self, reason, name):
@@ -43,7 +65,7 @@ class LeftOut:
         """A broken record or file. Raises UserError, unless such are to be left out and there are not too many."""
         said = str(error) if isinstance(error, UserError) else f"{name}: {error}"  # a UserError has the name in it
         if not self.skip_bad:
-            raise UserError(f"{said} (--skip_bad leaves such records out)")
+            raise UserError(said + (" (--skip_bad leaves such records out)" if self.skip_bad is not None else ""))
         self("broken", name)
         if len(self.names["broken"]) > SKIPPED:
             raise UserError(f"{said}; these are more than {SKIPPED:,} broken records")
@@ -324,9 +346,31 @@ def text_file(path, name, separator, left_out):
         left_out.bad(name, error)
 
 
+def seek_hub():
+    """Whether the Hugging Face hub answers. If it does not within three seconds, its client, not imported yet, is told to look into its
+    cache alone, since it would try for twenty. Behind a proxy that cannot be known."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are not the user's concern
+    if urllib.request.getproxies():
+        return True
+    answers = []
+
+    def connect():
+        host = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+        with suppress(OSError):
+            socket.create_connection((host.hostname, host.port or (80 if host.scheme == "http" else 443)), 3).close()
+            answers.append(host)
+
+    thread = threading.Thread(target=connect, daemon=True)  # for looking up a name has no time limit of its own
+    thread.start()
+    thread.join(3)
+    if not answers:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    return bool(answers)
+
+
 def hub_dataset(name, revision=None):
     """The splits of a data set of the Hugging Face hub, through its cache. Raises UserError if it cannot be loaded."""
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are not the user's concern
+    answers = seek_hub()
     import datasets
 
     try:
@@ -334,7 +378,8 @@ def hub_dataset(name, revision=None):
     except Exception as error:  # the library has no common base for "no network" and "no such data set"
         if getattr(error, "errno", None) in FULL:
             raise
-        raise UserError(f"data set {name!r} could not be loaded ({type(error).__name__}: {first_line(error)}): give a local FILE") from None
+        why = f"{type(error).__name__}: {first_line(error)}" if answers else "the hub does not answer, and its cache here does not have it"
+        raise UserError(f"data set {name!r} could not be loaded ({why}): give a local FILE") from None
 
 
 def saved_dataset(folder):
@@ -357,3 +402,37 @@ def dataset(found, name, key, left_out):
             left_out("splits that are not train", f"{name}, {other}")
         found = found[split]
     yield from column(found.with_format("arrow").iter(ROWS), found.features.arrow_schema, name, key, left_out)
+
+
+def form(path, name):
+    """(kind, start) of a file: "jsonl", "json", "parquet", "text", or the ending of a kind that is not taken; its first bytes."""
+    suffixes = Path(name).suffixes
+    suffix = "".join(suffixes[-1:]).lower()
+    if suffix in ENDINGS:
+        suffix = "".join(suffixes[-2:-1]).lower()
+    with opened(path, name) as file:
+        start = file.read(START)
+    if start.startswith(b"PAR1"):
+        return "parquet", start
+    if suffix in NOT_TAKEN:
+        return suffix, start
+    for beginning, kind in BEGINNINGS.items():
+        if start.startswith(beginning):
+            return kind, start
+    if start[257:262] == b"ustar":
+        return ".tar", start
+    text = next(decoded(io.BytesIO(start), name, "replace")).lstrip()
+    if suffix in (".jsonl", ".ndjson"):
+        return "json" if text.startswith("[") else "jsonl", start
+    if suffix == ".json" or not suffix and re.match(r'(\[\s*)?\{\s*"', text):
+        return "json", start
+    if suffix == ".parquet":
+        return "parquet", start
+    return "text", start
+
+
+def reader(kind, name):
+    """The function that reads the records of a file of this kind, by form(). Raises UserError for a kind that is not taken."""
+    if kind in NOT_TAKEN:
+        raise UserError(f"{name} is a {kind} file, which is not taken: {NOT_TAKEN[kind].replace('FILE', str(name))}")
+    return {"json": json_file, "parquet": parquet}.get(kind, jsonl)

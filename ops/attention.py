@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from common import ROOT, first_line
+from common import ROOT, first_line, note
 
 IMPLS = ("auto", "naive", "tree", "walk", "triton", "grid")
 TRITON_WIDTH = 128  # the widest head of impl="triton"
@@ -303,8 +303,7 @@ def _fastest(device, context):  # reports its choice on standard error; cached, 
         reason = f"{'from' if context == 'long' else 'below'} {long_from(device):,} tokens{' on' if context == 'long' else ''}"
         if device == "cuda" and not tiles:
             reason += ", without the package triton or a GPU of compute capability 8.0"
-    if os.environ.get("RANK", "0") == "0":
-        print(f"tau attention on {device}: {impl} ({reason})", file=sys.stderr)
+    note(f"tau attention on {device}: {impl} ({reason})")
     return impl
 
 

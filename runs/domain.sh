@@ -66,6 +66,6 @@ for seed in $seeds; do
     done; done
 done
 for graph in laplacian random; do
-    show python data/energy.py $other --laplacian=$other/$graph.parquet --embeddings=$other --against=$python_docs --overwrite
+    show python studies/energy.py $other --laplacian=$other/$graph.parquet --embeddings=$other --against=$python_docs --overwrite
 done | tee results/${name}_energies.txt
 show python studies/study.py results/$name.jsonl

@@ -1,8 +1,8 @@
 """Energies of texts on a domain's manifold: E = x^T L x / (x^T x + eps) of the embedding x (F,) of each document, and
 lambda = E / (E + tau), where tau is the median of E.
 
-    python data/energy.py mine.jsonl --laplacian=data/mine/laplacian.parquet --embeddings=mine.npy
-    python data/energy.py data/mine --laplacian=data/mine/laplacian.parquet --embeddings=data/mine --against=other.jsonl
+    python studies/energy.py mine.jsonl --laplacian=data/mine/laplacian.parquet --embeddings=mine.npy
+    python studies/energy.py data/mine --laplacian=data/mine/laplacian.parquet --embeddings=data/mine --against=other.jsonl
 
 A document of low energy has similar values on features that are neighbours in the graph: it is typical of the domain.
 Prints percentiles and the most and least typical documents; with --against, how often one of the first texts has a lower
@@ -15,12 +15,15 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import Parser, UserError, check_place, refuse_existing, replacing, run  # isort: skip, for it tells of packages that are missing
+from common import Parser, UserError, check_place, refuse_existing, replacing, run, waiting  # isort: skip, for it tells of packages that are missing
 import numpy as np
-import torch
 
-import plot
-from data.corpus import Corpus, read_jsonl
+with waiting("importing torch and matplotlib"):
+    import torch
+
+    import plot
+from data import sources
+from data.corpus import Corpus
 from data.embed import lsa_embeddings, sentence_model
 from data.embeddings import READERS, all_rows, opened
 from data.laplacian import load_laplacian
@@ -31,9 +34,13 @@ SHOWN = 5  # documents at either end
 PERCENTILES = (5, 25, 50, 75, 95)
 
 
-def documents(path):
-    """The texts of a JSONL file, or of a prepared corpus the validation documents, which the embeddings were not fitted to."""
-    texts = list(Corpus(path).documents("val") if path.is_dir() else read_jsonl([path]))
+def documents(path, key):
+    """The texts, called `key`, of a file of records (JSONL, JSON or parquet), or of a prepared corpus the validation documents, which the
+    embeddings were not fitted to."""
+    if path.is_dir():
+        texts = list(Corpus(path).documents("val"))
+    else:
+        texts = list(sources.reader(sources.form(path, path)[0], path)(path, path, key, sources.LeftOut()))
     if not texts:
         raise UserError(f"{path} holds no documents")
     return texts
@@ -87,7 +94,10 @@ def draw_histogram(axis, groups):
 
 def main():
     options = Parser(__doc__)
-    options.add_argument("texts", type=Path, metavar="TEXTS", help="JSONL file, or a prepared corpus: its validation documents")
+    options.add_argument(
+        "texts", type=Path, metavar="TEXTS", help="file of records (JSONL, JSON, parquet), or a prepared corpus: its validation part"
+    )
+    options.add_argument("--text_key", default="text", metavar="NAME", help="name of the text in a record or row (default: %(default)s)")
     options.add_argument("--laplacian", type=Path, required=True, metavar="FILE.parquet")
     options.add_argument(
         "--embeddings",
@@ -113,7 +123,7 @@ def main():
     for path, source in ((args.texts, args.embeddings), (args.against, args.against_embeddings or args.embeddings)):
         if path is None:
             continue
-        texts = documents(path)
+        texts = documents(path, args.text_key)
         x = embeddings_of(texts, path, source, args.column)
         if x.shape[1] != len(L):
             raise UserError(f"{source} has {x.shape[1]} features, {args.laplacian} has {len(L)}: they must be the same")

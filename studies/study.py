@@ -31,7 +31,7 @@ def read_results(paths, **more):
     kinds |= dict.fromkeys((field for field, _, _ in CONTENTS), str | None) | more  # dot has no Laplacian, an older line not every field
     lines = {}
     for path in paths:
-        for _, record in read_lines(path, **kinds):
+        for _, record in read_lines(path, True, **kinds):
             lines.pop(record["run"], None)  # so that it stands where its last line does
             lines[record["run"]] = record
     return list(lines.values())

@@ -14,6 +14,7 @@ ELSEWHERE = {
     "diagnostics.jsonl",
     "profile.json",
     "log.txt",
+    "embeddings.json",
     "config.toml",
     "figure.png",
     "bands.png",

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from build_laplacian import load_laplacian, save_laplacian
 from common import UserError
 from decoding.cache import Cache
 from model import ModelConfig, Tauformer, bounded, energy, filtered_energy, head_laplacians, kron_reduction, norm, spectral_roots
@@ -335,6 +336,28 @@ def test_heads_share_the_laplacian_of_the_first_query_head():
 def test_laplacian_that_fits_nothing():
     with pytest.raises(UserError, match=r"F=9 .*head size, 8.*n_embd, 32.*--dim=32"):
         Tauformer(ModelConfig(n_head=4, n_embd=32), random_laplacian(9))
+
+
+def test_a_laplacian_of_numpy_is_one_of_torch(tmp_path):
+    config, L = ModelConfig(vocab_size=20, n_layer=1, n_head=4, n_embd=32), random_laplacian(32)
+    save_laplacian(tmp_path / "L.parquet", L, {})
+    for other in (L.numpy(), load_laplacian(tmp_path / "L.parquet"), L.tolist()):
+        torch.manual_seed(0)
+        of_other = Tauformer(config, other).state_dict()
+        torch.manual_seed(0)
+        assert all(torch.equal(of_other[name], tensor) for name, tensor in Tauformer(config, L).state_dict().items())
+
+
+def test_how_many_heads_there_may_be_is_said():
+    for wrong, said in (
+        (dict(recall_heads=6), "recall_heads=6 must be at most 5, of n_head=6"),
+        (dict(local_heads=3, recall_heads=4), "recall_heads=4 must be at most 3, of n_head=6 with local_heads=3"),
+        (dict(n_kv_head=3, recall_heads=1), "recall_heads=1 must be at most 4 and a multiple of 2, the heads that share keys"),
+        (dict(local_heads=6), "local_heads=6 must be at most 5, of n_head=6"),
+    ):
+        with pytest.raises(UserError, match=said):
+            ModelConfig(**wrong)
+    ModelConfig(local_heads=3, recall_heads=3)
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,13 @@ import shutil
 import subprocess
 import sys
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from conftest import ROOT, fails, ok, run_script
 
+from common import UserError
 from data import tokenizer as tokenizers
 from data.corpus import Corpus
 from decoding.generate import decode_n_tokens, for_decoding, probabilities, sample
@@ -217,6 +220,20 @@ def test_score_of_documents(work, trained, tmp_path):
             numbers = re.match("loss (.*) nats a token, perplexity (.*), bits per byte ([0-9.]*), ", out).groups()
             assert [float(number) for number in numbers] == pytest.approx(expected, rel=1e-3)
             assert f", {count} tokens, 3 documents, " in out and said in out
+    (tmp_path / "some.json").write_text(json.dumps([{"body": text} for text in texts]))
+    pyarrow.parquet.write_table(pyarrow.table({"body": texts}), tmp_path / "some.parquet")
+    for name in ("some.json", "some.parquet"):
+        scored = ok("sample.py", "out/small", f"--score={tmp_path / name}", "--text_key=body", "--stride=8", cwd=work)
+        assert scored == out
+        said = fails("sample.py", "out/small", f"--score={tmp_path / name}", cwd=work)
+        assert "--text_key=NAME takes another of its texts: body" in said and "--skip_bad" not in said
+    assert run_script("sample.py", "out/small", "--score=-", "--stride=8", cwd=work, stdin=lines).stdout == out  # records are told
+    (tmp_path / "one.txt").write_text(texts[0])
+    (tmp_path / "one.txt.gz").write_bytes(gzip.compress(texts[0].encode()))
+    one = [ok("sample.py", "out/small", f"--score={tmp_path / name}", cwd=work) for name in ("one.txt", "one.txt.gz")]
+    assert one[0] == one[1] and f"{len(tokenizer.encode(texts[0])) - 1} tokens, 1 document, " in one[0]
+    (tmp_path / "book.pdf").write_bytes(b"%PDF-1.4")
+    assert "is a .pdf file, which is not taken: `pdftotext" in fails("sample.py", "out/small", f"--score={tmp_path / 'book.pdf'}", cwd=work)
     corpus = Corpus(work / "docs")
     out = ok("sample.py", "out/small", "--score=docs", "--cache=stream", cwd=work)
     assert f"{corpus.meta['val']['tokens']:,} tokens, {corpus.meta['val']['documents']:,} documents" in out and "windows" not in out
@@ -311,6 +328,22 @@ def test_nobody_takes_the_output(work):
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "No space left" in done.stderr
 
 
+def test_arguments_from_python(trained):
+    model, tokenizer = trained
+    for wrong, said in (
+        (dict(temperature=-1), "temperature=-1 is out of range: it must be 0 or more"),
+        (dict(top_p=0), "top_p=0"),
+        (dict(num_samples=0), "num_samples=0"),
+        (dict(max_new_tokens=-1), "max_new_tokens=-1"),
+        (dict(stop="end"), "a list of texts"),
+        (dict(cache="fast"), "cache=fast is out of range: it must be one of exact, stream, none"),
+        (dict(prompts="def"), "must be a list of texts"),
+    ):
+        with pytest.raises(UserError, match=said):
+            generate_many(model, tokenizer, **dict(prompts=["def"]) | wrong)
+    assert generate_many(model, tokenizer, []) == []
+
+
 @pytest.mark.parametrize(
     "args, expected",
     [
@@ -319,7 +352,7 @@ def test_nobody_takes_the_output(work):
         (["out/small", "--top_p=0"], "--top_p=0"),
         (["out/small", "--num_samples=0"], "--num_samples=0"),
         (["out/small", "--max_new_tokens=x"], "max_new_tokens"),
-        (["out/small", "--prompt_file=absent"], "absent"),
+        (["out/small", "--prompt_file=absent"], "absent does not exist, and is to be read"),
         (["out/small", "--prompt=a", "--prompt_file=b"], "not both"),
         (["out/small", "--prompts=absent"], "absent"),
         (["out/small", "--score=/dev/null"], "at least 2"),
@@ -327,10 +360,16 @@ def test_nobody_takes_the_output(work):
         (["out/small", "--score=out"], "no corpus in out"),
         (["out/small", "--score=small.toml", "--stride=33"], "block_size, 32"),
         (["out/small", "--score=small.toml", "--stride=0"], "--stride=0"),
-        (["out/small", "--stride=8"], "--score"),
+        (["out/small", "--stride=8"], "--stride is for --score: leave it out"),
         (["out/small", "--session=s"], "--cache=stream"),
         (["out/small", "--cache=stream", "--session=no/s"], "there is no"),
-        (["out/small", "--score="], "directory"),
+        (["out/small", "--score="], "names no file"),
+        (["out/small", "--prompt_file="], "names no file"),
+        (["out/small", "--score=out/small"], "no corpus in out/small: --score takes a file, or the folder of a corpus"),
+        (["out/small", "--score=small.toml", "--temperature=1"], "--temperature is for drawing samples, and --score draws none"),
+        (["out/small", "--score=small.toml", "--num_samples=2"], "--num_samples is for drawing samples"),
+        (["out/small", "--text_key=body"], "--text_key is for --score"),
+        (["out/small", "--score=small.toml", "--stride=8", "--cache=stream"], "--cache=stream has none"),
         (["out/small", "--interactive", "--num_samples=2"], "--num_samples"),
         (["out/small", "--prompts=/dev/null"], "no prompt"),
         (["out/small", "--stop="], "--stop"),

@@ -11,7 +11,7 @@ from conftest import ROOT, fails, metrics, ok, run_script, untimed
 from test_data import write_jsonl
 
 from build_laplacian import load_laplacian
-from common import Parser, UserError, waiting
+from common import Parser, UserError, output_folder, told, waiting
 from data.corpus import Corpus
 from model import ModelConfig
 from ops import attention
@@ -286,6 +286,24 @@ def test_mistakes_are_answered_without_torch(here, tmp_path):
     assert "--n_layer INT" in ok("train.py", "--help", cwd=here, env=env)
 
 
+def test_what_the_system_says_of_a_file_is_told_in_words(tmp_path):
+    (tmp_path / "file").touch()
+    for opens, said in (
+        (lambda: open(tmp_path / "absent"), "absent does not exist, and is to be read"),
+        (lambda: open(tmp_path / "no/file", "w"), f"no/file cannot be read or written: there is no folder {tmp_path}/no"),
+        (lambda: open(tmp_path), "is a folder, where a file is meant"),
+        (lambda: open(tmp_path / "file/x"), "file is a file, no folder"),
+        (lambda: open(""), "an empty path names no file"),
+        (lambda: open(tmp_path / "no/.a.parquet.12.tmp", "w"), "no/a.parquet cannot be read or written"),
+    ):
+        with pytest.raises(OSError) as error:
+            opens()
+        assert said in told(error.value) and "Errno" not in told(error.value)
+    with pytest.raises(UserError, match="the folder .*file/c cannot be made .Not a directory.: give another --out_dir"):
+        with output_folder(tmp_path / "file/c"):
+            pass
+
+
 def test_what_takes_long_is_said(monkeypatch, capsys, tmp_path):
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
     said = ""
@@ -306,8 +324,17 @@ def test_what_takes_long_is_said(monkeypatch, capsys, tmp_path):
 def test_a_run_keeps_its_lines_and_its_settings(here, work, monkeypatch):
     """config.toml is a CONFIG.toml again, of the same run."""
     first = ["small.toml", "--max_steps=2", "--min-lr=0.00001", '--wandb_run_name=a "name" \\ \x7f é', "--results=r.jsonl"]
-    out = ok("train.py", *first, "--out_dir=a", cwd=here)
-    assert (here / "a/log.txt").read_text() == out
+
+    def logged(*args):
+        """What a run says; log.txt ends with the lines of both streams."""
+        done = run_script("train.py", *args, cwd=here)
+        lines = (done.stdout + done.stderr).splitlines()
+        assert done.returncode == 0 and "warmup_steps = 5 fills max_steps" in done.stderr
+        assert sorted((here / "a/log.txt").read_text().splitlines()[-len(lines) :]) == sorted(lines)
+        return lines
+
+    header = logged(*first, "--out_dir=a")[0]
+    assert header.startswith("a: 0.0") and " M parameters, tau attention with tau = " in header
     ok("train.py", "a/config.toml", "--out_dir=b", cwd=here)
     assert untimed(metrics(here / "a")) == untimed(metrics(here / "b"))
     one, two = ((here / name / "config.toml").read_text() for name in "ab")
@@ -315,8 +342,11 @@ def test_a_run_keeps_its_lines_and_its_settings(here, work, monkeypatch):
     hashes = [json.loads(line)["config"] for line in (here / "r.jsonl").read_text().splitlines()]
     assert len(hashes) == 2 and hashes[0] == hashes[1]
 
-    out += ok("train.py", "a/config.toml", "--init_from=resume", "--max_steps=3", cwd=here)
-    assert "max_steps = 3 from here on, 2 before" in out and (here / "a/log.txt").read_text() == out
+    (here / "a/step_00000003.safetensors").write_text("damaged")
+    lines = logged("a/config.toml", "--init_from=resume", "--max_steps=3")
+    assert lines[:2] == ["max_steps = 3 from here on, 2 before", "a: goes on at step 2 of 3, on 1 x cpu, float32"]
+    log = (here / "a/log.txt").read_text().splitlines()
+    assert log.count(header) == 1 and any("a/step_00000003.safetensors is damaged" in line for line in log)
     assert (here / "a/config.toml").read_text() == one.replace("max_steps = 2", "max_steps = 3")
 
     ok("train.py", "small.toml", f"--init_from={work / 'out/small'}", "--max_steps=1", "--out_dir=c", cwd=here)
@@ -552,7 +582,8 @@ def test_the_batch_that_fits(monkeypatch):
 
 
 def test_profile(here):
-    ok("train.py", "small.toml", "--profile=True", "--max_steps=6", "--out_dir=p", cwd=here)
+    done = run_script("train.py", "small.toml", "--profile=True", "--max_steps=6", "--out_dir=p", cwd=here)
+    assert done.returncode == 0 and "aten::mm" in done.stderr and "USDT" not in done.stderr and "STAGE" not in done.stderr
     events = json.loads((here / "p" / "profile.json").read_text())["traceEvents"]
     assert sum(event["name"].startswith("ProfilerStep") and event["ph"] == "X" for event in events) >= 3
     assert sum(event["name"] == "Optimizer.step#AdamW.step" for event in events) == 3

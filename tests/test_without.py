@@ -49,6 +49,34 @@ def test_a_package_that_is_missing_is_named_in_one_line_by_what_needs_it(here):
     )
 
 
+def test_interrupted_while_it_imports(here):
+    for module, *command in (
+        ("numpy", "train.py", "small.toml", "--out_dir=new"),
+        ("tqdm", "sample.py", "new"),
+        ("matplotlib", "plot.py", "new"),
+        ("numpy", "build_laplacian.py", "--inspect", "new"),
+        ("numpy", "data/sizes.py", "small.toml"),
+        ("numpy", "data/text/prepare.py", "small.toml"),
+        ("numpy", "studies/energy.py", "docs"),
+    ):
+        site = here / f"interrupts_{module}"
+        site.mkdir(exist_ok=True)
+        (site / f"{module}.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+        environment = {**os.environ, "PYTHONPATH": str(site)}
+        done = subprocess.run([sys.executable, ROOT / command[0], *command[1:]], cwd=here, capture_output=True, text=True, env=environment)
+        assert (done.returncode, done.stdout, done.stderr) == (130, "", ""), (command, done)
+
+
+def test_an_interruption_that_is_dropped_comes_again(tmp_path):
+    (tmp_path / "dropped.py").write_text(
+        "import common, time\nclass Interrupted:\n    def __del__(self):\n        raise KeyboardInterrupt\nInterrupted()\ntime.sleep(60)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, tmp_path / "dropped.py"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 def test_without_a_folder_for_what_is_compiled(tmp_path, monkeypatch):
     def no_entry(user):
         raise KeyError(user)

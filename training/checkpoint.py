@@ -4,12 +4,11 @@ model with the lowest validation loss. One file holds everything: the tensors "m
 the run's settings. data/checkpoint_file.py defines the file format."""
 
 import math
-import sys
 from dataclasses import asdict, dataclass, field, fields
 
 import safetensors.torch  # noqa: F401 (a run that could not save does not begin)
 
-from common import RANK, UserError
+from common import RANK, UserError, note
 from data import tokenizer as tokenizers
 from data.checkpoint_file import find, read, save, step_path, steps  # noqa: F401 (callers find and read checkpoints through this module)
 from model import ModelConfig, Tauformer
@@ -88,8 +87,8 @@ def to_resume(out_dir):
         except UserError as error:
             damaged.append(f"{error}: the one before it is taken")
             continue
-        if damaged and RANK == 0:
-            print("\n".join(damaged), file=sys.stderr)
+        for line in damaged:
+            note(line)
         return found
     raise UserError(f"nothing to resume: no whole step_*.safetensors in {out_dir}; start with --init_from=scratch --overwrite=True")
 

@@ -188,10 +188,22 @@ def read_settings(path):
 def parse(description):
     """(settings, given) of the command line: the Settings, and {name: where it is set} of those that are set, by the path of the
     file or COMMAND_LINE. Raises UserError for an unknown key, a wrong type or a value that makes no sense."""
-    kinds = {f.name: f.type for f in fields(Settings)}
     parser = Parser(description)
     parser.usage = "%(prog)s [-h] CONFIG.toml [--key=value ...]"
     parser.add_argument("config", type=Path, metavar="CONFIG.toml", help="file of settings; --key=value overrides it")
+    add_settings(parser)
+    args = parser.parse_args()
+    check_config(args.config, Settings.__dataclass_fields__)
+    file, line = read_settings(args.config), given_settings(args)
+    settings = Settings(**file | line)
+    settings.out_dir = settings.out_dir or f"out/{args.config.stem}"
+    settings.laplacian = settings.laplacian or f"{settings.data_dir}/laplacian.parquet"
+    check_schedule(settings)
+    return settings, dict.fromkeys(file, str(args.config)) | dict.fromkeys(line, COMMAND_LINE)
+
+
+def add_settings(parser):
+    """Give a parser an option for every setting; given_settings() reads them."""
     for f in fields(Settings):
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
@@ -203,17 +215,12 @@ def parse(description):
             metavar="{" + ",".join(choices) + "}" if choices else f.type.__name__.upper(),
             help=f.metadata["meaning"].replace("%", "%%") + ("" if f.default == "" else f" [{f.default}]"),
         )
-    args = vars(parser.parse_args())
-    path = args.pop("config")
-    check_config(path, kinds)
-    file = read_settings(path)
-    said = {name: text for name, text in args.items() if text is not None}
-    line = {name: checked(name, from_text(text, name, kinds[name]), kinds[name], COMMAND_LINE) for name, text in said.items()}
-    settings = Settings(**file | line)
-    settings.out_dir = settings.out_dir or f"out/{path.stem}"
-    settings.laplacian = settings.laplacian or f"{settings.data_dir}/laplacian.parquet"
-    check_schedule(settings)
-    return settings, dict.fromkeys(file, str(path)) | dict.fromkeys(line, COMMAND_LINE)
+
+
+def given_settings(args):
+    """{name: value} of the settings that a command line gives. Raises UserError for a wrong type or a value that makes no sense."""
+    said = {f: getattr(args, f.name) for f in fields(Settings)}
+    return {f.name: checked(f.name, from_text(text, f.name, f.type), f.type, COMMAND_LINE) for f, text in said.items() if text is not None}
 
 
 def check_config(path, kinds):

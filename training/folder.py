@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from common import UserError, output_folder, read_lines, replacing
+from common import NOTES, UserError, output_folder, read_lines, replacing
 from data import checkpoint_file
 from training.config import WRITTEN, config_text
 
@@ -78,6 +78,7 @@ def clear_folder(run):
 
 
 def keep_line(out_dir, line):
-    """Add a line that the run prints to its log.txt."""
+    """Add a line that the run prints to its log.txt, after those on standard error that are not in it yet."""
     with open(Path(out_dir) / LINES, "a", encoding="utf-8", errors="replace") as file:
-        file.write(line + "\n")
+        file.writelines(f"{said}\n" for said in (*NOTES, line))
+    NOTES.clear()

@@ -4,6 +4,7 @@ rank 0 writes."""
 import hashlib
 import json
 import math
+import os
 import shlex
 import sys
 import time
@@ -43,7 +44,7 @@ class Log:
             take_folder(run)
             self.wandb = wandb_run(run) if run.settings.wandb_log else None
             clear_folder(run)
-            for line in (*run.lines, first_line(run)):
+            for line in (*run.lines, went_on(run) if run.resumed else first_line(run)):
                 self.print(line)
         self.progress = tqdm(
             total=run.settings.max_steps, initial=run.state.step, unit=" steps", disable=None if self.master else True, dynamic_ncols=True
@@ -171,8 +172,16 @@ def first_line(run):
     return (
         f"{run.out_dir}: {run.raw_model.parameter_count() / 1e6:.2f} M parameters, {run.raw_model.config.attention} attention"
         + (f" with tau = {tau[0].median().item():.4g} ({run.settings.tau_mode})" if tau is not None else "")
-        + f", {run.tokens_per_step:,} tokens a step, on {WORLD} x {run.device.type}, {str(run.dtype).removeprefix('torch.')}"
+        + f", {run.tokens_per_step:,} tokens a step, {machine(run)}"
     )
+
+
+def went_on(run):
+    return f"{run.out_dir}: goes on at step {run.state.step} of {run.settings.max_steps}, {machine(run)}"
+
+
+def machine(run):
+    return f"on {WORLD} x {run.device.type}, {str(run.dtype).removeprefix('torch.')}"
 
 
 def wandb_run(run):
@@ -201,6 +210,7 @@ def profiled(path):
             profiler.export_chrome_trace(str(temporary))
         tqdm.write(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15), file=sys.stderr)
 
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # so that it does not say on standard error when it starts and stops
     profiler = torch.profiler.profile(schedule=torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1), on_trace_ready=write)
     profiler.start()
     return profiler

@@ -5,7 +5,6 @@ import gc
 import math
 import os
 import signal
-import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from common import RANK, RESTARTS, WORLD, UserError
+from common import RANK, RESTARTS, WORLD, UserError, note
 
 
 @dataclass
@@ -93,8 +92,8 @@ def wrapped(model, device, shard, compile):
         for part in (*model.blocks, model):
             fully_shard(part, mesh=mesh, reshard_after_forward=True)  # so that no gathered copy outlives an update of the weights
     model.to(device)
-    if compile and RANK == 0:
-        print("compile = True: the model is compiled in its first step, which may take minutes ...", file=sys.stderr)
+    if compile:
+        note("compile = True: the model is compiled in its first step, which may take minutes ...")
     called = torch.compile(model) if compile and can_compile(device) else model
     if shard == "ddp" and WORLD > 1:
         called = DistributedDataParallel(called, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
@@ -107,9 +106,8 @@ def can_compile(device):
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
         return True
     except Exception as error:  # whatever the compilers below it raise
-        if RANK == 0:
-            said = next((line for line in reversed(str(error).splitlines()) if "rror" in line or "ompiler" in line), type(error).__name__)
-            print(f"compile = True, but torch.compile does not work here ({said.strip()}): trained without it", file=sys.stderr)
+        said = next((line for line in reversed(str(error).splitlines()) if "rror" in line or "ompiler" in line), type(error).__name__)
+        note(f"compile = True, but torch.compile does not work here ({said.strip()}): trained without it")
         return False
 
 

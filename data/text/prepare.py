@@ -11,7 +11,6 @@
 Files may be compressed (gzip, bzip2, xz, zstd). Line ends in files of text become \\n; nothing else is changed, nothing stripped."""
 
 import argparse
-import io
 import pickle
 import re
 import sys
@@ -25,58 +24,12 @@ from common import MARKS, UserError, decoded, output_folder, run
 from data import corpus, sources
 from data import tokenizer as tokenizers
 
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-START = 1 << 13  # bytes of a file that tell what it is
-UNPACK = "unpack it, and give the folder"
-PANDOC = "`pandoc --to=plain -o NEW.txt FILE` makes text of it"
-PANDAS = "`python -c \"import pandas; pandas.read_{}('FILE').to_parquet('NEW.parquet')\"` makes parquet of it"
-NOT_TAKEN = {  # by the end of the name: what to do
-    ".pdf": "`pdftotext FILE NEW.txt` makes text of it",
-    **dict.fromkeys((".docx", ".odt", ".epub", ".rtf"), PANDOC),
-    **dict.fromkeys((".doc", ".ppt", ".pptx"), "save it as text"),
-    **dict.fromkeys((".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar"), UNPACK),
-    **dict.fromkeys((".xlsx", ".xls"), PANDAS.format("excel")),
-    ".csv": PANDAS.format("csv"),
-    ".tsv": PANDAS.format("table"),
-    ".arrow": PANDAS.format("feather"),
-    ".feather": PANDAS.format("feather"),
-}
-BEGINNINGS = {b"%PDF": ".pdf", b"PK\3\4": ".zip", b"Rar!": ".rar", b"7z\xbc\xaf": ".7z", b"{\\rtf": ".rtf", b"\xd0\xcf\x11\xe0": ".doc"}
-READERS = {"jsonl": sources.jsonl, "json": sources.json_file, "parquet": sources.parquet}
-
 
 class Plain(pickle.Unpickler):
     """Reads numbers, texts, lists and dicts, which is what nanoGPT's meta.pkl holds; whatever would run code is refused."""
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"it would run {module}.{name}")
-
-
-def form(path, name):
-    """(kind, start) of a file: "jsonl", "json", "parquet", "text", or the ending of a kind that is not taken; its first bytes."""
-    suffixes = Path(name).suffixes
-    suffix = "".join(suffixes[-1:]).lower()
-    if suffix in COMPRESSED:
-        suffix = "".join(suffixes[-2:-1]).lower()
-    with sources.opened(path, name) as file:
-        start = file.read(START)
-    if start.startswith(b"PAR1"):
-        return "parquet", start
-    if suffix in NOT_TAKEN:
-        return suffix, start
-    for beginning, kind in BEGINNINGS.items():
-        if start.startswith(beginning):
-            return kind, start
-    if start[257:262] == b"ustar":
-        return ".tar", start
-    text = next(decoded(io.BytesIO(start), name, "replace")).lstrip()
-    if suffix in (".jsonl", ".ndjson"):
-        return "json" if text.startswith("[") else "jsonl", start
-    if suffix == ".json" or not suffix and re.match(r'(\[\s*)?\{\s*"', text):
-        return "json", start
-    if suffix == ".parquet":
-        return "parquet", start
-    return "text", start
 
 
 def files_of(folder, out_dir, left_out):
@@ -114,22 +67,22 @@ def readers_of(args, left_out, stack):
     `stack` removes. Raises UserError for what cannot be taken."""
     readers, kinds, seen = [], [], {}
 
-    def claim(path):
-        real = Path(path).resolve()
-        if real in seen:
-            raise UserError(f"{path} and {seen[real]} are the same: sources must not overlap")
-        seen[real] = path
+    def claim(path, source):
+        first, of = seen.setdefault(path.resolve(), (path, source))
+        if first != path:
+            raise UserError(f"{path} and {first} are the same: sources must not overlap")
+        if of is not source:
+            outer = next((outer for outer in (of, source) if outer != path), None)
+            raise UserError(f"{path} is {f'in {outer}, which is given, too' if outer else 'given twice'}: sources must not overlap")
 
     def add(kind, reader, *where):
         readers.append(partial(reader, *where, left_out))
         kinds.append(kind)
 
     def add_file(path, name, in_folder):
-        kind, start = form(path, name)
-        if kind in NOT_TAKEN and in_folder:
+        kind, start = sources.form(path, name)
+        if kind in sources.NOT_TAKEN and in_folder:
             left_out(f"{kind} files", name)
-        elif kind in NOT_TAKEN:
-            raise UserError(f"{name} is a {kind} file, which is not taken: {NOT_TAKEN[kind].replace('FILE', name)}")
         elif in_folder and kind == "text" and b"\0" in start and not start.startswith(tuple(MARKS)):
             left_out("binary files", name)
         elif in_folder and kind == "json" and is_one_object(path, args.text_key):
@@ -137,12 +90,12 @@ def readers_of(args, left_out, stack):
         elif kind == "text":
             add(kind, sources.text_file, path, name, args.split_on)
         else:
-            add(kind, READERS[kind], path, name, args.text_key)
+            add(kind, sources.reader(kind, name), path, name, args.text_key)
 
     for source in args.sources:
         path, name, before = Path(source), sources.called(source), len(readers)
         if source == "-" or path.exists():
-            claim(source)
+            claim(path, path)
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             add("data set", sources.dataset, sources.saved_dataset(path), name, args.text_key)
         elif (path / "train.bin").exists():
@@ -151,7 +104,7 @@ def readers_of(args, left_out, stack):
             if path.resolve() == args.out_dir.resolve():
                 raise UserError(f"{path} is --out_dir, too: give another")
             for file in files_of(path, args.out_dir, left_out):
-                claim(file)
+                claim(file, path)
                 if not file.is_dir():
                     try:
                         add_file(file, str(file), True)

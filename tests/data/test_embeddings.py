@@ -101,6 +101,7 @@ def test_texts(tmp_path):
     for name, content in (
         ("bare.csv", text()),
         ("whole.csv", text(X.astype(int))),
+        ("blanks.csv", text().replace(",", ", ")),
         ("named.csv", text(header=[f"f{i}" for i in range(F)])),
         ("numbered.tsv", text(header=numbers, separator="\t")),
         ("pandas.csv", text(np.column_stack([IDS, X]), ["", *numbers])),
@@ -164,6 +165,7 @@ def test_what_is_no_file_of_embeddings(tmp_path):
     torch.save(torch.tensor(X), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     torch.save({"x": X}, tmp_path / "objects.pt")
     torch.save([torch.tensor(X)], tmp_path / "list.pt")
+    np.save(tmp_path / "rows.npy", X.astype(object))
     torch.save(torch.tensor(X).to_sparse(), tmp_path / "sparse.pt")
     with zipfile.ZipFile(tmp_path / "texts.zip", "w") as archive:
         archive.writestr("a.txt", "a")
@@ -188,6 +190,12 @@ def test_what_is_no_file_of_embeddings(tmp_path):
         ("old.pt", None, "torch.save's old format"),
         ("objects.pt", None, "Python objects beside tensors"),
         ("list.pt", None, "holds a list"),
+        ("rows.npy", None, "holds Python objects .* no numbers"),
+        ("semicolons.csv", b"a;b\n1.5;2.5\n", "separated by semicolons: write it with commas"),
+        ("decimal.csv", b"0,5;0,25\n1,5;2,5\n", "separated by semicolons: write it with commas, and points"),
+        ("tabs.csv", b"1.5\t2.5\n", "separated by tabs: name it .tsv"),
+        ("commas.tsv", b"1.5,2.5\n", "separated by commas: name it .csv"),
+        ("blanks.csv", b"1.5 2.5\n", "separated by blanks"),
         ("sparse.pt", None, "holds sparse_coo float64"),
         ("cut.npz", content["a.npz"][:-9], "not a whole .npz"),
         ("cut.parquet", content["a.parquet"][:-9], "not a whole .parquet"),
@@ -222,7 +230,7 @@ def test_what_is_no_embedding(tmp_path):
         write(tmp_path / "a.parquet", **content)
         refused(tmp_path / "a.parquet", expected, column)
     for content, expected in (
-        (text(separator=";"), "column of floats a feature"),
+        (text(separator=";"), "separated by semicolons"),
         (text([["a", *row] for row in X]), "holds names and the number"),
         (text(with_one(["a", *X[77][1:]])), "Row #78.*invalid value 'a'"),
         (text(with_one(X[77][:5])), "Row #78: Expected 12 columns, got 5"),

@@ -252,6 +252,10 @@ def test_inspect(built):
     assert "features     12\n" in out and f"edges        {np.count_nonzero(np.triu(L, 1))}," in out and "head 2" in out
     assert f"eigenvalues  0, {np.linalg.eigvalsh(L)[1]:.4g} (connectivity)" in out
     assert imread(built / "l.png").std() > 0.05
+    assert ok("build_laplacian.py", "--inspect", "l.parquet", "--n_head=3", cwd=built) == out  # its own figure is drawn again
+    (built / "l.png").write_bytes(b"a picture of the user's")
+    assert "l.png exists already" in fails("build_laplacian.py", "--inspect", "l.parquet", cwd=built)
+    (built / "l.png").unlink()
     settings = json.loads((built / "l.json").read_text())
     assert settings["sha256"] == hashlib.sha256((built / "e.npy").read_bytes()).hexdigest()
     assert settings["edges"] == np.count_nonzero(np.triu(L, 1)) and settings["connectivity"] > 0
@@ -403,6 +407,7 @@ def nan_embeddings(path):
         (["--graph=chain", "--dim=8", "--center", "--out=l.parquet"], "--center needs"),
         (["--graph=chain", "--dim=8", "--column=e", "--out=l.parquet"], "--column needs EMBEDDINGS"),
         (["e.npy", "--column=e", "--out=l.parquet"], "--column=e: e.npy has no named arrays"),
+        (["one.csv", "--out=one.parquet"], "one.csv has one row: a graph of features is made of many documents"),
         (["e.npy", "--n_head=3", "--out=l.parquet"], "is for --inspect"),
         (["--inspect=chain.parquet", "--out=nowhere/l.png"], "nowhere"),
         (["--inspect=absent.parquet"], "absent.parquet does not exist"),
@@ -415,6 +420,7 @@ def nan_embeddings(path):
 def test_mistakes(built, args, expected):
     nan_embeddings(built / "nan.npy")
     np.save(built / "one.npy", np.zeros(5))
+    (built / "one.csv").write_text("1.5,2,3\n")
     (built / "short.npy").write_bytes((built / "e.npy").read_bytes()[:100])
     (built / "taken.parquet").write_bytes(b"mine")
     (built / "theirs.json").write_text("mine")

@@ -1,4 +1,5 @@
 import pytest
+from conftest import ok
 
 from common import UserError
 from data import sizes
@@ -9,7 +10,10 @@ def chosen(train, val, documents, words, **given):
 
 
 def test_sizes_follow_the_amount_of_text():
-    assert [sizes.of_files(size)[0][1] for size in (0, 400_000, 3_000_000, 10**11)] == [320, 512, 4096, 8192]
+    assert [sizes.of_files(size, {})[0][1] for size in (0, 400_000, 3_000_000, 10**11, None)] == [320, 512, 4096, 8192, 8192]
+    given = {"vocab_size": "999", "val_fraction": "0.3"}
+    assert [(name, value) for name, value, _ in sizes.of_files(10**6, given)] == list(given.items())
+    assert [name for name, *_ in sizes.of_files(10**6, {"tokenizer": "char"})] == ["val_fraction"]
     few = chosen(114, 15, 9, 18)
     assert (few["features"], few["n_embd"], few["n_head"], few["block_size"], few["max_steps"]) == (8, 64, 8, 8, 100)
     records = chosen(850_000, 43_000, 9_500, 13_000)
@@ -25,6 +29,14 @@ def test_sizes_follow_the_amount_of_text():
     assert chosen(850_000, 43_000, 9_500, 13_000, max_steps=0, n_head=0, batch_size=0)["lr_decay_steps"] == 1  # train.py refuses these
     with pytest.raises(UserError, match="12 tokens to train on and 15 for validation are too few"):
         sizes.of_corpus(12, 15, 2, 3, {})
+
+
+def test_nanogpts_data_has_its_sizes_already(tmp_path):
+    (tmp_path / "train.bin").touch()
+    assert ok("data/sizes.py", tmp_path, "--vocab_size=300", cwd=tmp_path) == ""
+    (tmp_path / "train.bin").rename(tmp_path / "a.txt")
+    lines = ok("data/sizes.py", tmp_path / "a.txt", "--vocab_size=300", cwd=tmp_path).splitlines()
+    assert lines[0] == "vocab_size=300         # tokens at most; --vocab_size=N gives another" and len(lines) == 2
 
 
 def test_common_words_are_those_of_two_texts():

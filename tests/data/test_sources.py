@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, fails
+from conftest import ROOT, fails, run_script
 
 import common
 from common import UserError, read_text
@@ -77,6 +77,17 @@ def write_lines(path, records):
 
 def records(name="text"):
     return [{name: text, "id": number} for number, text in enumerate(CODE)]
+
+
+def test_a_hub_that_does_not_answer_is_given_up_at_once(tmp_path):
+    environment = {"HF_ENDPOINT": "http://127.0.0.1:9"} | {name: "" for name in os.environ if name.lower().endswith("_proxy")}
+    for name in ("nots", "no/nots"):
+        done = run_script("data/text/prepare.py", name, "--out_dir=c", cwd=tmp_path, env=environment)
+        assert done.returncode == 2 and done.stderr == (
+            f"prepare.py: error: there is no file or folder {name}, and data set {name!r} could not be loaded (the hub does not answer, "
+            "and its cache here does not have it): give a local FILE\n"
+        )
+    assert not os.path.exists(tmp_path / "c")
 
 
 @pytest.mark.parametrize("piece", [5, 1 << 20])
@@ -322,7 +333,9 @@ def test_what_is_not_taken_and_why(place, monkeypatch):
         (["linked"], "linked/a.txt: a link that leads nowhere"),
         (["empty"], "empty holds no file that is taken"),
         (["hidden"], "holds no file that is taken (left out: 1 hidden files)"),
-        (["sub", "sub/a.txt"], "sub/a.txt and sub/a.txt are the same: sources must not overlap"),
+        (["sub", "sub/a.txt"], "sub/a.txt is in sub, which is given, too: sources must not overlap"),
+        (["sub/a.txt", "sub"], "sub/a.txt is in sub, which is given, too: sources must not overlap"),
+        (["a.jsonl", "./a.jsonl"], "a.jsonl is given twice: sources must not overlap"),
         (["a.jsonl", "twice"], "twice/b.jsonl and a.jsonl are the same"),
         (["loop"], "loop/again and loop are the same"),
         (["made"], "made is a prepared corpus"),

@@ -123,15 +123,22 @@ def test_own_text(tmp_path):
     copy = fresh_copy(tmp_path)
     (copy / "mine.jsonl").write_text("".join(f'{{"text": "record {i} of a text of mine"}}\n' for i in range(200)))
 
-    def own_text(*args, **settings):
-        done = subprocess.run(["bash", "runs/own_text.sh", *args], cwd=copy, capture_output=True, text=True, env=os.environ | settings)
+    def own_text(*args, stdin=None, **settings):
+        done = subprocess.run(
+            ["bash", "runs/own_text.sh", *args], cwd=copy, capture_output=True, text=True, input=stdin, env=os.environ | settings
+        )
         return done.returncode, done.stdout, done.stderr.splitlines()[-1:]
 
-    status, out, said = own_text("mine.jsonl", "--max_steps=2", "--eval_iters=1", "--val_fraction=0.2")
+    status, out, said = own_text("mine.jsonl", "--max_steps", "2", "--eval-iters=1", "--val_fraction=0.2")
     assert status == 0, said
-    assert "features=16 " not in out and "max_steps=2 " in out and "--val_fraction=0.1 --val_fraction=0.2" in out
+    assert "features=16 " not in out and "max_steps=2 " in out and " --vocab_size=320 --val_fraction=0.2\n" in out
     assert (copy / "out/my_mine/figure.png").exists() and metrics(copy / "out/my_mine")[-1]["step"] == 2
     assert "$ python sample.py out/my_mine " in out and out.endswith("more: python sample.py out/my_mine --prompt=TEXT\n")
+    status, out, said = own_text("-", "--dry_run", stdin="".join(f"A paragraph, number {i}.\n\n" for i in range(900)), NAME="piped")
+    assert status == 0 and "data/my_piped/piped_0 --out_dir=data/my_piped" in out and "parameters " in out, said
+    assert not (copy / "out/my_piped").exists()
+    status, out, said = own_text("--help")
+    assert status == 0 and "OWNER/NAME of a data set" in out and "--text_key NAME" in out and "--max_steps INT" in out
     for args, settings, expected in (
         (
             ["README.md"],
@@ -141,7 +148,16 @@ def test_own_text(tmp_path):
         (["README.md"], {"NAME": "a b"}, "NAME=a b must be letters"),
         (["absent"], {}, "absent is no file or folder"),
         (["--out_dir=x", "README.md"], {}, "--out_dir cannot be given"),
-        ([], {}, "usage"),
+        (["README.md", "--splt_on=x"], {}, "did you mean --split_on?"),
+        (["README.md", "--max_steps=many"], {}, "--max_steps=many must be int"),
+        (["README.md", "--attention=dot"], {}, "give spectral_filter=False"),
+        (["README.md", "--n_head", "3"], {}, "n_embd=128 must be n_head=3"),
+        (["README.md", "--min_lr=1"], {}, "min_lr = 1.0 is above learning_rate"),
+        (["README.md", "--init_from=absent"], {}, "'absent' is no folder of a run"),
+        (["-"], {}, "standard input has no name: NAME=..."),
+        (["absent/file.txt"], {}, "absent/file.txt is no file or folder"),
+        ([], {}, "FILE_OR_FOLDER is missing"),
     ):
         status, _, said = own_text(*args, **settings)
         assert status == 2 and expected in said[0], said
+    assert {path.name for path in (copy / "data").glob("my_*")} == {"my_mine", "my_piped"}

@@ -102,6 +102,17 @@ def test_rows_are_told_apart_by_what_was_read(one, other, columns):
     assert lines[0].startswith(f"| {columns} | seeds |") and lines[2].split("| 1 |")[0] != lines[3].split("| 1 |")[0]
 
 
+@pytest.mark.parametrize("half", ['{"run": "b", "con', '{"run": "b", "con\n'])
+def test_a_half_written_last_line_hides_no_other(tmp_path, capsys, half):
+    whole = json.dumps(record() | {"settings": {}, "seconds": 1.0}) + "\n"
+    (tmp_path / "r.jsonl").write_text(whole + half)
+    assert [line["run"] for line in read_results([tmp_path / "r.jsonl"])] == ["a"]
+    assert "r.jsonl, line 2 is half written: passed over" in capsys.readouterr().err
+    (tmp_path / "r.jsonl").write_text(half.strip() + "\n" + whole)
+    with pytest.raises(UserError, match="line 1 is damaged"):
+        read_results([tmp_path / "r.jsonl"])
+
+
 def test_list(here):
     """The newest first, whatever the order of the lines; those without a date, which are older, last."""
     dated = [record(f"out/{day}", settings={}, date=f"2026-01-{day}T10:00:00+00:00") for day in (10, 30, 20)]

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT, fails, ok, run_script
 
 from common import UserError
 from training.checkpoint import RunState, config_of
@@ -71,6 +71,28 @@ def test_doubts():
     ):
         lines = said(**settings)
         assert len(lines) == bool(expected) and expected in "".join(lines), (settings, lines)
+
+
+def test_what_was_made_of_another_text_is_refused(here):
+    """A corpus that was prepared anew, beside the Laplacian and the token vectors of the old one; files that do not say are taken."""
+    (here / "one.jsonl").write_text("".join(f'{{"text": "the {i} th of {i * i} words {"and more " * 9}"}}\n' for i in range(60)))
+    (here / "two.jsonl").write_text("".join(f'{{"text": "the {i} th of {i * i} words {"and less " * 9}"}}\n' for i in range(60)))
+    prepare = ("data/jsonl/prepare.py", "--out_dir=c", "--vocab_size=270")
+    ok(*prepare, "one.jsonl", cwd=here)
+    ok("data/embed.py", "c", "--dim=8", cwd=here)
+    ok("build_laplacian.py", "c/embeddings.npy", "--out=c/laplacian.parquet", cwd=here)
+    train = ("train.py", "small.toml", "--data_dir=c", "--dry_run=True", "--batch_size=1", "--block_size=8")
+    ok(*train, cwd=here)
+    ok(*prepare, "two.jsonl", "--overwrite", cwd=here)
+    said = fails(*train, cwd=here)
+    assert "c/laplacian.parquet was made of another text than c holds now: make it again: `python data/embed.py c --dim=32 --ov" in said
+    ok(*train, "--laplacian=c/laplacian.parquet", cwd=here)
+    domain = ("--embedding_init=domain", "--n_embd=8", "--attention=dot")
+    assert "c/token_embeddings.npy was made of another vocabulary" in fails(*train, *domain, cwd=here)
+    for beside in ("laplacian", "embeddings"):
+        (here / f"c/{beside}.json").unlink()
+    ok(*train, cwd=here)
+    ok(*train, *domain, cwd=here)
 
 
 def test_doubts_are_said_on_standard_error_but_for_eval_only(here, work):
