@@ -28,7 +28,9 @@ from ops.dot import DOT_SCALE, dot_attention, window_attention
 from ops.fused import ENERGY_EPS, NORM_EPS, ChunkedLoss, Energy, RMSNorm, SquaredReluMLP, by_head, rayleigh_quotient
 
 INIT_STD = 0.02
-RECALL_STD, RECALL_TEMPERATURE, RECALL_SHARPNESS = 1.0, 0.004, 3.0  # where recall heads start: their matrix; tau; dot
+RECALL_STD = 1.0  # where recall heads start: their matrix;
+RECALL_TEMPERATURE, RECALL_HOLD = 1e-4, -6.0  # of tau, and the logit of what an energy keeps of the one before;
+RECALL_SHARPNESS = 3.0  # of dot
 
 
 def without_autocast(x):
@@ -126,6 +128,18 @@ def spectral_roots(L):
     return (U * eigenvalues.clamp_min(0).sqrt()[:, None]).float()
 
 
+def recurrence(a, b, first):
+    """y of y_t = a_t y_(t-1) + b_t along dim 1 of a and b (B, T, ...), in log2(T) steps; y before the first token is `first`, (B, 1, ...)
+    or 0."""
+    b = torch.cat([b[:, :1] + a[:, :1] * first, b[:, 1:]], 1)
+    step = 1
+    while step < b.size(1):
+        b = torch.cat([b[:, :step], b[:, step:] + a[:, step:] * b[:, :-step]], 1)
+        a = torch.cat([a[:, :step], a[:, step:] * a[:, :-step]], 1)
+        step *= 2
+    return b
+
+
 class Seen(NamedTuple):
     """What one layer of tau attention computed: the energies of its queries and keys, and its arguments to tau_attention()."""
 
@@ -155,6 +169,9 @@ class Attention(nn.Module):
         self.key = nn.Linear(C, (Hkv - config.recall_kv_heads) * D, bias=False)
         if config.recall_heads:
             self.recall = nn.Linear(C, config.recall_kv_heads * D, bias=False)
+            if config.attention == "tau":
+                self.hold = nn.Linear(C, config.recall_kv_heads)
+                nn.init.constant_(self.hold.bias, RECALL_HOLD)
         self.value = nn.Linear(C, Hkv * D, bias=False)
         self.out = nn.Linear(H * D, C, bias=False)
         if config.attention == "tau":
@@ -182,20 +199,17 @@ class Attention(nn.Module):
         if config.spectral_filter:
             self.log_filter = nn.Parameter(torch.zeros(far_kv * D))
         if config.conv:
-            self.taps = nn.Parameter(torch.zeros(config.conv, (H - config.recall_heads + 2 * Hkv) * D))
+            self.taps = nn.Parameter(torch.zeros(config.conv, (H - config.recall_heads + 2 * Hkv - config.recall_kv_heads) * D))
         if config.key_bias:
             self.key_bias = nn.Linear(C, Hkv, bias=False)
         if config.output_gate:
             self.gate = nn.Linear(C, H * D, bias=False)
 
-    def projections(self, x, rotary, cache):
+    def projections(self, x, rotary, cache, tokens):
         """(qk, v) of x (B, T, C): qk (B, group + 1, T, Hkv, D) holds for each key head the queries that read it and then
-        its keys, rotated and normed; v (B, Hkv, T, D) holds the values."""
-        config, keys = self.config, self.key(x)
-        Hkv, m = config.n_kv_head, config.recall_kv_heads
-        if m:  # their lambdas are sharp: the gradient would shake x
-            keys = torch.cat([keys, self.recall(x.detach())], -1)
-        projected = [self.query(x), keys, self.value(x)]
+        its keys, rotated and normed; v (B, Hkv, T, D) holds the values. Those of recall heads are one vector, made of the token alone."""
+        config, m = self.config, self.config.recall_kv_heads
+        projected = [self.query(x), self.key(x), self.value(x)]
         if config.conv:
             qkv = torch.cat(projected, -1)
             past = qkv if cache is None else cache.recent(self.layer, "qkv", qkv, config.conv - 1, 1)
@@ -203,15 +217,16 @@ class Attention(nn.Module):
             qkv = qkv + sum(tap * past[:, i : i + qkv.size(1)] for i, tap in enumerate(self.taps))
             projected = qkv.split([p.size(-1) for p in projected], -1)
         q, k, v = (p.unflatten(-1, (-1, config.head_size)) for p in projected)
-        q, k = q.unflatten(2, (Hkv - m, -1)).movedim(3, 1), k[:, None]
-        if m:
-            q = torch.cat([q, k[..., Hkv - m :, :].expand(-1, q.size(1), -1, -1, -1)], 3)
-        qk = torch.cat([q, k], 1)
-        rotated = Hkv - m if config.tau_rope else config.local_kv_heads
-        if rotated == Hkv:
+        qk = torch.cat([q.unflatten(2, (k.size(2), -1)).movedim(3, 1), k[:, None]], 1)
+        rotated = k.size(2) if config.tau_rope else config.local_kv_heads
+        if rotated == k.size(2):
             qk = rope(qk, rotary)
         elif rotated:
             qk = torch.cat([rope(qk[..., :rotated, :], rotary), qk[..., rotated:, :]], -2)
+        if m:
+            with without_autocast(x):  # equal tokens are to be equal to the last bit
+                recalled = self.recall(tokens).unflatten(-1, (m, -1))
+            qk = torch.cat([qk, recalled[:, None].expand(-1, qk.size(1), -1, -1, -1).to(qk.dtype)], 3)
         return norm(qk), v.transpose(1, 2)
 
     def energies(self, qk, laplacian, cache):
@@ -220,6 +235,19 @@ class Attention(nn.Module):
         if self.config.spectral_filter:
             return filtered_energy(x, laplacian, self.log_filter.view(len(laplacian), -1)).view(qk.shape[:-1])
         return (energy if cache is None else cache.energy)(x, laplacian).view(qk.shape[:-1])
+
+    def held(self, E, tokens, cache):
+        """E (B, group + 1, T, Hkv) with those of the recall heads as running means: Ebar_t = r_t Ebar_(t-1) + (1 - r_t) E_t, where r is a
+        function of the token. With a small r, Ebar is a number whose leading digits are the token's, and further ones those of the tokens
+        before it, so that the nearest lambda is that of the longest common suffix; an r near 1 passes a token over."""
+        others, E = E.tensor_split([-self.config.recall_kv_heads], 3)
+        with without_autocast(E):
+            r = self.hold(tokens).sigmoid()  # (B, T, m)
+            first = 0 if cache is None else cache.last.get((self.layer, "held"), 0)
+            E = recurrence(r, (1 - r) * E[:, 0], first)
+        if cache is not None:
+            cache.last[self.layer, "held"] = E[:, -1:].clone()
+        return torch.cat([others, E[:, None].expand(-1, others.size(1), -1, -1)], 3)
 
     def lambdas(self, E):
         return bounded(E, self.log_tau.exp())
@@ -257,14 +285,17 @@ class Attention(nn.Module):
         past = torch.cat([torch.zeros_like(keys[:, :, :1]), past], 2)[:, :, -1 - keys.size(2) : -1]
         return torch.cat([others, past], 1)
 
-    def forward(self, x, rotary, laplacian, cache):
+    def forward(self, x, rotary, laplacian, cache, tokens=None):
+        """x (B, T, C), the block's input, normed; tokens (B, T, C), the tokens' embeddings, normed and detached, for recall heads."""
         config = self.config
-        qk, v = self.projections(x, rotary, cache)
+        qk, v = self.projections(x, rotary, cache, tokens)
         sharpness, log_decay, key_bias = self.switches(x)
         if config.local_heads:
             near, qk, v, sharpness, log_decay, key_bias = self.local(qk, v, sharpness, log_decay, key_bias, cache)
         if config.attention == "tau":
             E = self.energies(qk, laplacian, cache)
+            if config.recall_heads:
+                E = self.held(E, tokens, cache)
             queries, keys = queries_keys(self.lambdas(E))  # (B, H, T), (B, Hkv, T)
             scale = config.temperature / sharpness
             if self.seen is not None:
@@ -357,10 +388,12 @@ class Tauformer(nn.Module):
         longest = cache.size if cache is not None else self.config.block_size
         if stop > longest:
             raise ValueError(f"{stop} tokens are more than {longest}")
-        x = self.dropout(self.embedding(idx))  # (B, T, C)
+        x = self.embedding(idx)  # (B, T, C)
+        tokens = norm(x.detach()) if self.config.recall_heads else None
+        x = self.dropout(x)
         rotary = self.rotary(start, stop)
         for block in self.blocks:
-            x = block(x, rotary, self.laplacian, cache)
+            x = block(x, rotary, self.laplacian, cache, tokens)
         if cache is not None:
             cache.length = stop
         x = norm(x)

@@ -46,8 +46,8 @@ class ModelSettings:
     local_heads: int = setting(0, "tau: query heads that attend by dot product instead, to the last local_window tokens only", NOT_NEGATIVE)
     recall_heads: int = setting(
         0,
-        "query heads, the last ones, whose queries are their own keys and whose keys stand one token later: they attend to what followed "
-        "an earlier occurrence of the query's token",
+        "query heads, the last ones, whose queries are their own keys, made of the token alone, and whose keys stand one token later: they "
+        "attend to what followed an earlier occurrence of the query's token (tau: where the tokens before it were the same too, first)",
         NOT_NEGATIVE,
     )
     local_window: int = setting(16, "tokens that a local head sees, the query's own included", POSITIVE)

@@ -23,7 +23,7 @@ SDPA = {"sdpa": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 FORMS = {  # of tau attention, on a GPU: temperature, and whether with a forget gate and a bias per key
     "published": (1.0, False),
     "best": (0.02, True),  # a trained head of the best form
-    "recall": (0.004, True),  # a recall head at its start
+    "recall": (1e-4, True),  # a recall head at its start
 }
 OF_FORMS = (
     "sdpa",

@@ -8,7 +8,18 @@ import torch.nn.functional as F
 from build_laplacian import load_laplacian, save_laplacian
 from common import UserError
 from decoding.cache import Cache
-from model import ModelConfig, Tauformer, bounded, energy, filtered_energy, head_laplacians, kron_reduction, norm, spectral_roots
+from model import (
+    ModelConfig,
+    Tauformer,
+    bounded,
+    energy,
+    filtered_energy,
+    head_laplacians,
+    kron_reduction,
+    norm,
+    recurrence,
+    spectral_roots,
+)
 from ops.attention import add_terms, tau_attention
 from ops.dot import dot_attention, window_attention
 from ops.fused import ChunkedLoss, SquaredReluMLP
@@ -122,7 +133,7 @@ def test_every_extra_changes_the_model_and_learns(extra):
 
 @pytest.mark.parametrize("form", [{}, ALL | dict(local_heads=1), dict(attention="dot")], ids=str)
 def test_recall_heads_attend_to_what_followed(form):
-    """Their queries are their keys, a token later; none of their energies' gradient reaches the residual stream."""
+    """Their queries are their keys, a token later, and are made of the token alone: nothing of them reaches the residual stream."""
     model, idx = small(**form | dict(n_kv_head=4, recall_heads=2)), tokens()
     arguments = []
     for block in model.blocks:
@@ -134,10 +145,33 @@ def test_recall_heads_attend_to_what_followed(form):
         torch.testing.assert_close(keys[:, -2:, 1:], queries[:, -2:, :-1])
         assert keys[:, -2:, 0].eq(0).all() and not torch.allclose(keys[:, 0, 1:], queries[:, 0, :-1])
     x = torch.randn(2, 24, 32, requires_grad=True)
-    qk, _ = model.blocks[0].attention.projections(x, model.rotary(0, 24), None)
+    qk, _ = model.blocks[0].attention.projections(x, model.rotary(0, 24), None, torch.randn(2, 24, 32))
     of_recall = torch.autograd.grad(qk[..., 2:, :].square().mul(torch.randn(8)).sum(), x, retain_graph=True, allow_unused=True)[0]
     assert of_recall is None or of_recall.eq(0).all()
     assert torch.autograd.grad(qk[..., :2, :].square().mul(torch.randn(8)).sum(), x)[0].abs().max() > 0
+
+
+def test_recurrence():
+    a, b, first = torch.rand(2, 13, 3), torch.randn(2, 13, 3), torch.randn(2, 1, 3)
+    y, expected = first[:, 0], []
+    for t in range(13):
+        y = a[:, t] * y + b[:, t]
+        expected.append(y)
+    torch.testing.assert_close(recurrence(a, b, first), torch.stack(expected, 1))
+    torch.testing.assert_close(recurrence(a[:, 5:], b[:, 5:], recurrence(a[:, :5], b[:, :5], first)[:, -1:]), torch.stack(expected[5:], 1))
+
+
+def test_the_nearest_lambda_is_that_of_the_longest_common_suffix():
+    """In a new model: a token that came before after the same other token is nearer than one that came after another."""
+    torch.manual_seed(0)
+    config = ModelConfig(block_size=64, vocab_size=50, n_layer=1, n_head=4, n_embd=64, recall_heads=3)
+    model, arguments = Tauformer(config, random_laplacian(64)), []
+    model.blocks[0].attention.operator = lambda *args: arguments.append(args) or tau_attention(*args)
+    model(torch.tensor([[7, 3, 9, 5, 3, 8, 2, 6, 7, 3, 1, 4, 11, 5, 3]]))  # 7 3 twice, 5 3 twice
+    queries, keys, _, temperature, *_ = arguments[0]
+    distance = (queries[0, 1:, -1:] - keys[0, 1:]).abs() / temperature[1:, None]  # of the last token's query, (3, T)
+    after_3 = distance[:, [2, 5, 10]]  # the keys that stand after 7 3, 5 3 and 7 3
+    assert after_3.argmin(1).eq(1).all() and after_3.max(1)[0].lt(distance[:, [1, 3, 4, 6, 7, 8, 9, 11, 12, 13, 14]].min(1)[0]).all()
 
 
 def test_the_spectral_filter_is_a_function_of_the_laplacian():

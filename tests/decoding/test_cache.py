@@ -32,7 +32,8 @@ def test_exact_is_the_forward_pass_at_every_position(form, first):
     with torch.no_grad():
         ends = [0, first, first + 3, *range(first + 4, T + 1)]
         pieces = [model(idx[:, start:stop], cache=cache) for start, stop in zip(ends, ends[1:])]
-        torch.testing.assert_close(torch.cat(pieces, 1), model(idx), atol=1e-4, rtol=0)
+        atol = 5e-4 if form.get("recall_heads") else 1e-4  # their temperature is 1e-4, which magnifies what lambda is rounded to
+        torch.testing.assert_close(torch.cat(pieces, 1), model(idx), atol=atol, rtol=0)
 
 
 def test_exact_cache_is_smaller_than_keys_and_values():
