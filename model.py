@@ -384,13 +384,12 @@ class Tauformer(nn.Module):
     def forward(self, idx, targets=None, cache=None, head=True):
         """idx (B, T) int64 -> logits (B, T, V) float32; with targets (B, T) int64, the mean cross-entropy in nats, a
         float32 scalar; with head=False, the normed hidden states (B, T, C) that the head would read.
-        With a cache, idx continues the tokens in it and is added to it.
-        Raises ValueError for more tokens than block_size, or, with a cache, than its size."""
+        With a cache, idx continues the tokens in it and is added to it, beyond block_size too.
+        Raises ValueError for more tokens than block_size without one."""
         start = cache.length if cache is not None else 0
         stop = start + idx.size(1)
-        longest = cache.size if cache is not None else self.config.block_size
-        if stop > longest:
-            raise ValueError(f"{stop} tokens are more than {longest}")
+        if cache is None and stop > self.config.block_size:
+            raise ValueError(f"{stop} tokens are more than {self.config.block_size}")
         x = self.embedding(idx)  # (B, T, C)
         tokens = norm(x.detach()) if self.config.recall_heads else None
         x = self.dropout(x)

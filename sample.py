@@ -279,7 +279,7 @@ def arguments():
         "--cache",
         choices=CACHES,
         default="exact",
-        help="exact; stream: memory that does not grow, and a context without an end; none: all is computed again "
+        help="exact; stream: memory that does not grow, and a prompt of any length; none: all is computed again "
         "for each token (default: %(default)s)",
     )
     options.add_argument(

@@ -18,6 +18,7 @@ from model import ModelConfig, Tauformer
 from training import checkpoint
 
 SCORED = 50000  # tokens
+KINDS = ("plain", "exact", "stream", "windows")
 LONG_CONTEXTS = (2**10, 2**12, 2**14, 2**16, 2**17)
 
 
@@ -138,17 +139,18 @@ def draw_decode(rows):
 @torch.no_grad()
 def bench_context(args):
     """Loss of trained models on at least 50,000 tokens of validation text, in windows 8 times as long as those they were trained on,
-    by the position in the window and by cache."""
+    by the position in the window and by cache; and, in `windows`, in windows of the trained length, each half a window after the one
+    before it, of whose tokens the last half counts (of the first one all)."""
     if not args.runs or not args.data_dir:
         raise UserError("context: name trained models with --runs OUT_DIR ..., and their text with --data_dir")
     corpus, rows = Corpus(args.data_dir), []
     for out_dir in args.runs:
         path = checkpoint.find(out_dir)
         model = checkpoint.build_model(*checkpoint.read(path), path).eval()
-        if model.config.attention != "tau" or model.config.vocab_size != corpus.vocab_size:
+        if model.config.vocab_size != corpus.vocab_size:
             raise UserError(
-                f'{out_dir}: context is for attention = "tau" and the text a model was trained on; this is attention = '
-                f'"{model.config.attention}" of {model.config.vocab_size:,} tokens, {args.data_dir} has {corpus.vocab_size:,}'
+                f"{out_dir}: context is for the text that a model was trained on; this is one of {model.config.vocab_size:,} tokens, "
+                f"{args.data_dir} has {corpus.vocab_size:,}"
             )
         T = model.config.block_size
         if len(corpus.val) <= SCORED + 8 * T:
@@ -156,25 +158,18 @@ def bench_context(args):
                 f"{args.data_dir}: {len(corpus.val):,} tokens of validation are too few for {SCORED:,} and a window of {8 * T:,}"
             )
         windows = torch.from_numpy(corpus.batch(np.arange(-(-SCORED // (8 * T))) * 8 * T, 8 * T, "val"))
-        losses = {}
-        for kind, cache in (
-            ("plain", lambda: Cache(model.config, 8 * T)),
-            ("exact", lambda: ExactCache(model.config, 8 * T)),
-            ("stream", lambda: StreamCache(model.config)),
-        ):
-            parts = []
-            for idx in tqdm(windows.split(8), desc=f"{out_dir}, {kind}", disable=None):
-                kept = cache()
+        caches = {"plain": Cache} | ({} if model.config.attention == "dot" else {"exact": ExactCache, "stream": StreamCache})
+        losses = {kind: [] for kind in (*caches, "windows")}
+        for idx in tqdm(windows.split(8), desc=str(out_dir), disable=None):
+            for kind, cache in caches.items():
+                kept = cache(model.config)
                 logits = [model.logits(model(part, cache=kept, head=False)) for part in idx[:, :-1].split(T, 1)]
-                parts.append(F.cross_entropy(torch.cat(logits, 1).transpose(1, 2), idx[:, 1:], reduction="none"))
-            losses[kind] = torch.cat(parts).double()
-        for begin in range(0, 8 * T, T):
-            rows.append(
-                {"run": str(out_dir), "positions": f"{begin}..{begin + T - 1}"}
-                | {kind: loss[:, begin : begin + T].mean().item() for kind, loss in losses.items()}
-            )
-        rows.append(
-            {"run": str(out_dir), "positions": f"all {windows[:, 1:].numel():,}"}
-            | {kind: loss.mean().item() for kind, loss in losses.items()}
-        )
+                losses[kind].append(F.cross_entropy(torch.cat(logits, 1).transpose(1, 2), idx[:, 1:], reduction="none"))
+            logits = [model(idx[:, begin : begin + T])[:, T // 2 if begin else 0 :] for begin in range(0, 7 * T + 1, T // 2)]
+            losses["windows"].append(F.cross_entropy(torch.cat(logits, 1).transpose(1, 2), idx[:, 1:], reduction="none"))
+        losses = {kind: torch.cat(parts).double() for kind, parts in losses.items()}
+        spans = {f"{begin}..{begin + T - 1}": slice(begin, begin + T) for begin in range(0, 8 * T, T)}
+        for name, span in (spans | {f"all {windows[:, 1:].numel():,}": slice(None)}).items():
+            means = {kind: losses[kind][:, span].mean().item() if kind in losses else "-" for kind in KINDS}
+            rows.append({"run": str(out_dir), "positions": name} | means)
     write("context", rows, args)

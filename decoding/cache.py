@@ -27,9 +27,9 @@ class Cache:
     energy = staticmethod(energy)
 
     def __init__(self, config, length=0):
-        """For at most `length` tokens (0: block_size); allocated for all of them and written in place."""
+        """Allocated for `length` tokens (0: block_size) and written in place; where more come, for twice as many."""
         self.config = config
-        self.size = length or config.block_size
+        self.size = length or config.block_size  # tokens that there is room for at first
         self.length = 0  # tokens that every layer has stored
         self.kept, self.last = {}, {}
 
@@ -41,10 +41,9 @@ class Cache:
         whole = []
         for name, x in new.items():
             if x is not None:
-                if (layer, name) not in self.kept:
-                    self.kept[layer, name] = x.new_zeros(*x.shape[:2], self.size, *x.shape[3:])
-                kept = self.kept[layer, name]
-                end = self.length + x.size(2)
+                kept, end = self.kept.get((layer, name), x[:, :, :0]), self.length + x.size(2)
+                if end > kept.size(2):
+                    kept = self.kept[layer, name] = grown(kept, max(end, self.size, 2 * kept.size(2)))
                 kept[:, :, self.length : end] = x
                 x = kept[:, :, :end]
             whole.append(x)
@@ -68,6 +67,19 @@ class Cache:
         return x
 
 
+def grown(x, size):
+    """x (B, heads, n, ...) as the first n of `size` rows, the others 0. Raises UserError if there is no memory for them."""
+    try:
+        larger = x.new_zeros(*x.shape[:2], size, *x.shape[3:])
+    except RuntimeError as error:
+        raise UserError(
+            f"no memory for a cache of {size:,} tokens: take fewer, or, with attention = \"tau\", cache 'stream', which does not grow "
+            f"({first_line(error)})"
+        ) from None
+    larger[:, :, : x.size(2)] = x
+    return larger
+
+
 @functools.cache
 def decode():
     return compiled("decoding/decode.cpp", "tauformer_decode")
@@ -85,7 +97,6 @@ class CompiledCache(Cache):
 class ExactCache(CompiledCache):
     def __init__(self, config, length=0):
         super().__init__(config, length)
-        self.size = -(-self.size // SEGMENT) * SEGMENT
         self.layers = {}
 
     def nbytes(self):
@@ -93,8 +104,11 @@ class ExactCache(CompiledCache):
 
     def attend(self, layer, operator):
         def attend(lambda_q, lambda_k, v, temperature, log_decay, key_bias, sink=None):
+            end = self.length + v.size(2)
             if layer not in self.layers:
                 self.layers[layer] = self.allocated(v, lambda_q.size(1), temperature)
+            elif (times := -(-end // self.layers[layer][0].size(2))) > 1:
+                self.layers[layer] = tuple(grown(x, max(2, times) * x.size(2)) if x.ndim > 2 else x for x in self.layers[layer])
             if self.length == 0:
                 self.fill(self.layers[layer], lambda_k, v, log_decay, key_bias)
                 return operator(lambda_q, lambda_k, v, temperature, log_decay, key_bias, sink=sink)
@@ -114,17 +128,18 @@ class ExactCache(CompiledCache):
 
     def allocated(self, v, H, temperature):
         """(lambdas, weight, values, sums, scales, temperature, ends, now) of a layer, as decode.cpp describes them."""
-        (B, Hkv, _, D), N = v.shape, self.size
-        single, double = (functools.partial(torch.zeros, dtype=dtype) for dtype in (torch.float32, torch.float64))
+        B, Hkv, T, D = v.shape
+        N = -(-max(T, self.size) // SEGMENT) * SEGMENT
+        single, double = (functools.partial(torch.zeros, B, dtype=dtype) for dtype in (torch.float32, torch.float64))
         return (
-            single(B, Hkv, N),
-            single(B, H, N),
-            single(B, Hkv, N, D),
-            single(B, H, N // BLOCK, 2, D + 1),
-            double(B, H, N // BLOCK, 2),
+            grown(single(Hkv, 0), N),
+            grown(single(H, 0), N),
+            grown(single(Hkv, 0, D), N),
+            grown(single(H, 0, 2, D + 1), N // BLOCK),
+            grown(double(H, 0, 2), N // BLOCK),
             torch.as_tensor(temperature, dtype=torch.float64).expand(H).contiguous(),
-            double(B, H, 1 + N // SEGMENT),
-            double(B, H),
+            double(H, 1 + N // SEGMENT),
+            double(H),
         )
 
     def fill(self, kept, lambda_k, v, log_decay, key_bias):
@@ -188,7 +203,6 @@ class StreamCache(Cache):
         self.step = stream
         if torch.device(device).type == "cpu" and not not_compiled():
             self.step, self.energy = decode().stream, CompiledCache.energy
-        self.size = math.inf
         self.width = 0.0  # the greatest h of any head
         self.pending = []  # the last token, if any, which is not stored yet: it goes in front of the next ones
 
@@ -277,8 +291,8 @@ class StreamCache(Cache):
 
 
 def make_cache(name, config, device, length=0):
-    """The cache called "plain", "exact" or "stream", for at most `length` tokens (0: block_size; stream has no limit). Where exact
-    does not apply (dot, a GPU, no compiler) it is the plain one, whose results are the same. Raises UserError for stream with dot."""
+    """The cache called "plain", "exact" or "stream", with room for `length` tokens at first (0: block_size). Where exact does not
+    apply (dot, a GPU, no compiler) it is the plain one, whose results are the same. Raises UserError for stream with dot."""
     tau = config.attention == "tau"
     if name == "stream" and not tau:
         raise UserError("cache 'stream' is of attention = \"tau\": take exact")

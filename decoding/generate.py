@@ -59,24 +59,23 @@ def decode_n_tokens(model, prompts, seeds, max_new_tokens, temperature, top_k, t
     seeds[i] alone, and ends after max_new_tokens or with a token of `stop`.
 
     All rows start with as many tokens as the shortest prompt has; the rest of a longer prompt is fed in token by token while other
-    rows are already sampled. The context is at most block_size tokens: of a longer prompt the last ones, and when it is full it
-    starts again from its last half. With cache = "stream" it has no limit; with "none" nothing is cached.
+    rows are already sampled. Of a prompt longer than block_size the last block_size tokens are read, with cache = "stream" all; the
+    context grows on from there without a limit. With "none" nothing is cached.
     A StreamCache in place of a name goes on from the tokens it holds and stores its one prompt and the sample, except the last
     token, which stays pending; with a pending token the prompt may be empty."""
     device, block_size = model.head.weight.device, model.config.block_size
     session = None if isinstance(cache, str) else cache
-    endless = session is not None or cache == "stream"
     if session is not None:
         prompts = [session.pending + prompt for prompt in prompts]
         session.pending = prompts[0][-1:]
-    elif not endless:
+    elif cache != "stream":
         prompts = [prompt[-block_size:] for prompt in prompts]
     length = min(block_size, max(map(len, prompts)) + max_new_tokens)
-    new_cache = lambda: session or (None if cache == "none" else make_cache(cache, model.config, device, length))
+    current = session or (None if cache == "none" else make_cache(cache, model.config, device, length))
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     left = [max_new_tokens] * len(prompts)
     at = min(map(len, prompts))  # tokens of each row so far
-    context, current = torch.tensor([prompt[:at] for prompt in prompts], device=device), new_cache()
+    context = torch.tensor([prompt[:at] for prompt in prompts], device=device)
     if max_new_tokens:
         logits = prefill(model, context, current)
     elif session is not None and at > 1:
@@ -97,12 +96,8 @@ def decode_n_tokens(model, prompts, seeds, max_new_tokens, temperature, top_k, t
         if not any(left):
             return
         token = token.to(device)
-        if not endless:
-            context = torch.cat([context, token], 1)
-        if context.size(1) > block_size and not endless:
-            context, current = context[:, -(block_size // 2 or 1) :], new_cache()
-            logits = prefill(model, context, current)
-        elif current is None:
-            logits = prefill(model, context, None)
-        else:
+        if current is not None:
             logits = decode_one_token(model, token, current)
+        else:
+            context = torch.cat([context, token], 1)
+            logits = prefill(model, context, None if at <= block_size else make_cache("plain", model.config, device, at))

@@ -33,7 +33,7 @@ def stream(lambda_q, lambda_k, v, log_decay, bias, temperature, first, state, sc
     offset = (q - center(own)) * sharpness
 
     # the tokens before: (B, H, T, N) exponents of a bin's first and of its second sum
-    head = torch.repeat_interleave(torch.arange(H, device=q.device), first.diff())  # (N,) of each bin
+    head = torch.repeat_interleave(torch.arange(H, device=q.device), first.diff(), output_size=state.size(1))  # (N,) of each bin
     number = torch.arange(len(head), device=q.device) - first[head]
     mine = head == torch.arange(H, device=q.device)[:, None]  # (H, N)
     place, number = (number + 0.5) / bins[head, 0], number.to(fine)

@@ -88,7 +88,8 @@ def tau_attention(lambda_q, lambda_k, v, temperature, log_decay=None, key_bias=N
             temperature = torch.full((H,), temperature, dtype=scalar, device=v.device)
         temperature = temperature.to(v.device, scalar).expand(H)
         if log_decay is not None:
-            log_decay = (log_decay if log_decay.ndim == 3 else log_decay[:, None].expand(B, H, T)).to(scalar).cumsum(-1)
+            log_decay = (log_decay if log_decay.ndim == 3 else log_decay[:, None].expand(B, H, T)).to(scalar)
+            log_decay = running_sum(log_decay)
         if key_bias is not None:
             key_bias = key_bias.to(scalar)
         if sink is not None:
@@ -116,6 +117,20 @@ def shapes_fit(lambda_q, lambda_k, v, temperature=None, log_decay=None, key_bias
 def finest(device):
     """The most precise float dtype that a device supports."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def running_sum(x):
+    """x.cumsum(-1), for which torch has no deterministic algorithm on CUDA."""
+    return doubled_sum(x) if x.is_cuda and torch.are_deterministic_algorithms_enabled() else x.cumsum(-1)
+
+
+def doubled_sum(x):
+    """x.cumsum(-1): in step n each entry is a sum of 2^n and gets that of the 2^n before it."""
+    step = 1
+    while step < x.size(-1):
+        x = torch.cat([x[..., :step], x[..., step:] + x[..., :-step]], -1)
+        step *= 2
+    return x
 
 
 def naive(lambda_q, lambda_k, v, temperature, log_decay=None, key_bias=None, sink=None):
@@ -149,7 +164,7 @@ def add_terms(logits, log_decay, key_bias):
     if log_decay is not None:
         steps = log_decay.to(finest(log_decay.device))
         steps = steps if log_decay.ndim == 3 else steps[None, :, None].expand(1, H, T)
-        total = steps.cumsum(-1)
+        total = running_sum(steps)
         logits = logits + (total[..., T - Tq :, None] - total[..., None, :]).to(logits.dtype)
     future = torch.ones(Tq, T, dtype=torch.bool, device=logits.device).triu(T - Tq + 1)
     return logits.masked_fill(future, float("-inf"))

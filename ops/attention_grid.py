@@ -31,6 +31,7 @@ from ops.attention_triton import (
     add,
     entries,
     launch_queries,
+    one_if_deterministic,
     padded,
     product,
     rows,
@@ -268,7 +269,8 @@ def launcher(kernel, tiles, rows):
         tile = {rows: tiles[0][0], "N": tiles[0][1]}
         return lambda grid, *args: kernel[grid(tile)](*args, **tile)
     configs = [triton.Config({rows: M, "N": N}, num_warps=warps, num_stages=2) for M, N, warps in tiles]
-    tuned = triton.autotune(configs, key=["WIDTH", "BACKWARD", "K"])(kernel)
+    prune = {"early_config_prune": one_if_deterministic}
+    tuned = triton.autotune(configs, key=["WIDTH", "BACKWARD", "K"], prune_configs_by=prune)(kernel)
     return lambda grid, *args: tuned[grid](*args)
 
 

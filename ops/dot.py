@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ops.attention import add_terms, finest
+from ops.attention import add_terms, finest, running_sum
 
 DOT_SCALE = 1.2  # sharpens the softmax of normed queries and keys
 
@@ -38,7 +38,7 @@ def with_key_weights(q, k, v, log_decay, key_bias):
     logits are as large as c, so a softmax weight is off by at most 2^-24 c of itself: 6e-5 where the decays before it sum to 1,000.
     float16 holds log weights up to 65,504 only."""
     (B, H, T, D), Hkv = q.shape, k.size(1)
-    weight = 0 if log_decay is None else -log_decay.to(finest(q.device)).cumsum(-1)
+    weight = 0 if log_decay is None else -running_sum(log_decay.to(finest(q.device)))
     if key_bias is not None:
         weight = weight + key_bias.to(finest(q.device)).repeat_interleave(H // Hkv, 1)
     high = weight + (weight.bfloat16() - weight).detach()  # high carries the whole gradient
@@ -67,7 +67,7 @@ def window_attention(q, k, v, log_decay, key_bias, window, scale):
     k, v = blocked(k.to(q.dtype)), blocked(v.to(q.dtype))  # (B, Hkv, blocks, D, 2 window)
     logits = q.view(B, Hkv, group, blocks, window, D) @ k[:, :, None]
     if log_decay is not None:
-        c = blocked(log_decay.to(finest(q.device)).cumsum(-1)).view(B, Hkv, group, blocks, 2 * window)
+        c = blocked(running_sum(log_decay.to(finest(q.device)))).view(B, Hkv, group, blocks, 2 * window)
         c = (c - c[..., window : window + 1]).to(q.dtype)
         logits = logits + c[..., window:, None] - c[..., None, :]
     if key_bias is not None:

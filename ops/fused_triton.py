@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ops.attention_triton import one_if_deterministic
+
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1
 CHUNK = 4096  # tokens whose logits are in memory at once, or a 32nd of the batch if that is more
 ALIGNED = 64  # the columns of the logits are padded to a multiple of it: matrix products of unaligned rows are slow
@@ -70,7 +72,8 @@ def launcher(fits):
     if INTERPRETED:  # autotuning needs a device
         return lambda grid, *args: kernel[grid](*args, **blocks[fits])
     configs = [triton.Config(block, num_warps=WARPS) for block in blocks[: 1 + fits]]
-    tuned = triton.autotune(configs, key=["width", "NEEDS_GRAD"], restore_value=["logits"])(kernel)
+    prune = {"early_config_prune": one_if_deterministic}
+    tuned = triton.autotune(configs, key=["width", "NEEDS_GRAD"], restore_value=["logits"], prune_configs_by=prune)(kernel)
     return lambda grid, *args: tuned[grid](*args)
 
 

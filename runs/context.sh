@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# How does the loss change in texts longer than the context a model was trained on, and what do the stream cache's bins cost? Two
-# small models, the published form and the best one, whose temperatures are learned and sharp, on a JSONL file of yours:
+# How does the loss change in texts longer than the context a model was trained on, and what do the stream cache's bins cost? Four small
+# models, tau in the published form and in the best one, whose temperatures are learned and sharp, and their dot-product twins, on a JSONL
+# file of yours:
 #
 #     bash runs/context.sh FILE.jsonl
 #
@@ -16,7 +17,9 @@ bpe_corpus $data 2048 jsonl "$jsonl"
 [ -f $data/embeddings.npy ] || show python data/embed.py $data --dim=128
 [ -f $data/laplacian.parquet ] || show python build_laplacian.py $data/embeddings.npy --out=$data/laplacian.parquet
 show python train.py configs/study.toml --init_from=auto --data_dir=$data --out_dir=$out/published
-show python train.py configs/study.toml --init_from=auto --data_dir=$data --out_dir=$out/best --temperature=0.1 \
-    --learn_temperature=True --forget=gate --conv=4 --key_bias=True --output_gate=True --spectral_filter=True --tau_rope=False \
-    --local_heads=2
-show python bench.py context --runs $out/published $out/best --data_dir=$data
+of_both="--learn_temperature=True --forget=gate --conv=4 --key_bias=True --output_gate=True"
+show python train.py configs/study.toml --init_from=auto --data_dir=$data --out_dir=$out/best $of_both --temperature=0.1 \
+    --spectral_filter=True --tau_rope=False --local_heads=2
+show python train.py configs/study.toml --init_from=auto --data_dir=$data --out_dir=$out/dot --attention=dot
+show python train.py configs/study.toml --init_from=auto --data_dir=$data --out_dir=$out/dot_best --attention=dot $of_both
+show python bench.py context --runs $out/published $out/best $out/dot $out/dot_best --data_dir=$data

@@ -71,18 +71,18 @@ def test_the_layout_for_decoding_changes_no_number(trained):
 
 
 def test_cached_generation_equals_uncached(trained):
-    """Past the context too, where it starts again from the last half."""
+    """Past the context too (tests/decoding/test_cache.py); of a longer prompt the last block_size tokens are read."""
     model, _ = trained
     prompts, T = [[5, 6, 7], [9, 9, 9]], model.config.block_size
     tokens = generate(model, prompts, 2 * T)
     context = torch.tensor(prompts)
-    for produced in tokens.T:
+    for produced in tokens.T[: T - 2]:
         with torch.no_grad():
             assert (model(context)[:, -1].argmax(-1) == produced).all()
         context = torch.cat([context, produced[:, None]], 1)
-        if context.size(1) > T:
-            context = context[:, -(T // 2) :]
     assert torch.equal(generate(model, prompts, 2 * T, cache="none"), tokens)
+    long = (7 * torch.arange(2 * T) % 50).tolist()
+    assert torch.equal(generate(model, [long], 9), generate(model, [long[-T:]], 9))
 
 
 @pytest.mark.parametrize("cache", ["exact", "stream"])
@@ -156,7 +156,7 @@ def test_a_session_goes_on(work, tmp_path):
 
 
 def test_without_a_compiler(work, tmp_path):
-    """The same text from the plain cache, which is announced once, though the context starts again several times."""
+    """The same text from the plain cache, which is announced once, though it grows several times."""
     command = ["sample.py", "out/small", "--temperature=0", "--max_new_tokens=300"]
     whole = ok(*command, cwd=work)
     without = {"CXX": "no-such-compiler", "TORCH_EXTENSIONS_DIR": str(tmp_path)}

@@ -6,7 +6,8 @@ from test_model import ALL, random_laplacian
 
 from common import UserError
 from data import checkpoint_file
-from decoding.cache import BLOCK, SEGMENT, ExactCache, StreamCache, decode, segments
+from decoding.cache import BLOCK, SEGMENT, Cache, ExactCache, StreamCache, decode, grown, segments
+from decoding.generate import decode_n_tokens
 from decoding.stream import stream
 from model import ModelConfig, Tauformer, energy
 from ops.attention import tau_attention
@@ -16,7 +17,8 @@ FORMS = [dict(), dict(temperature=0.01), dict(temperature=0.05) | ALL, dict(temp
 
 def model_and_tokens(T, **form):
     torch.manual_seed(0)
-    model = Tauformer(ModelConfig(block_size=T, vocab_size=50, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, **form), random_laplacian(32))
+    sizes = dict(block_size=T, vocab_size=50, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
+    model = Tauformer(ModelConfig(**sizes | form), random_laplacian(32))
     for name, weight in model.named_parameters():
         weight.data *= 1 if name.endswith("sharpness") else 3
     return model, torch.randint(50, (2, T))
@@ -34,6 +36,48 @@ def test_exact_is_the_forward_pass_at_every_position(form, first):
         pieces = [model(idx[:, start:stop], cache=cache) for start, stop in zip(ends, ends[1:])]
         atol = 5e-4 if form.get("recall_heads") else 1e-4  # their temperature is 1e-4, which magnifies what lambda is rounded to
         torch.testing.assert_close(torch.cat(pieces, 1), model(idx), atol=atol, rtol=0)
+
+
+BEYOND = [
+    *FORMS,
+    dict(n_kv_head=4),
+    dict(n_kv_head=1, conv=3),
+    dict(attention="dot"),
+    dict(attention="dot", forget="gate", key_bias=True, conv=4, output_gate=True, recall_heads=2),
+    dict(temperature=0.05, n_kv_head=4, tau_rope=False, local_heads=2, local_window=5, recall_heads=1, forget="gate"),
+]
+
+
+@pytest.mark.parametrize("form", BEYOND, ids=str)
+def test_decoding_goes_on_beyond_the_context(form):
+    """Greedily, to three times block_size, from prompts of unequal length: each token is the likeliest in a forward pass of a model with
+    the same weights whose context holds all of them. The exact cache grows twice on the way; none and plain do as it does."""
+    T, prompts = 100, [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3]]
+    model, _ = model_and_tokens(T, **form)
+    longer, _ = model_and_tokens(3 * T, **form)
+    longer.load_state_dict(model.state_dict())
+    for cache, n in (("exact", 3 * T - 7), ("plain", 3 * T - 7), ("none", T)):
+        rows = [list(prompt) for prompt in prompts]
+        for row, token in decode_n_tokens(model, prompts, [0, 1], n, 0.0, 0, 1.0, cache):
+            rows[row].append(token)
+        for row, prompt in zip(rows, prompts):
+            with torch.no_grad():
+                logits = longer(torch.tensor([row[:-1]]))[0, len(prompt) - 1 :]
+            chosen = logits.gather(1, torch.tensor(row[len(prompt) :])[:, None])
+            assert len(row) == len(prompt) + n and (logits.amax(1, keepdim=True) - chosen).max() < 1e-3
+
+
+def test_a_cache_grows_in_pieces_of_any_size():
+    """Two rows of room at first, then pieces that are far larger than what there is."""
+    model, idx = model_and_tokens(4 * SEGMENT, temperature=0.05, forget="gate")
+    with torch.no_grad():
+        expected = model(idx)
+        for cache in (Cache(model.config, 2), ExactCache(model.config, 2)):
+            ends = [0, 1, 2, 3, 200, 201, 4 * SEGMENT]
+            pieces = [model(idx[:, start:stop], cache=cache) for start, stop in zip(ends, ends[1:])]
+            torch.testing.assert_close(torch.cat(pieces, 1), expected, atol=1e-4, rtol=0)
+    with pytest.raises(UserError, match="no memory for a cache of .* tokens"):
+        grown(torch.zeros(1, 4, 2, 64), 2**50)
 
 
 def test_exact_cache_is_smaller_than_keys_and_values():

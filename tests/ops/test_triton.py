@@ -144,6 +144,37 @@ def test_other_tiles(tile, monkeypatch):
         torch.testing.assert_close(ours, theirs, atol=1e-5 * theirs.abs().max().item(), rtol=1e-4)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="in the interpreter the autotuner can only run if it has nothing to choose")
+@pytest.mark.parametrize("impl", ["triton", "grid"])
+def test_tiles_are_fixed_where_it_is_to_be_deterministic(impl, few, monkeypatch):
+    """As many tiles as there are, or the first: with that the autotuner itself runs. New memory holds NaN then, which nothing may read."""
+    arguments = untied_inputs(dict(T=100, D=16, heads=(1, 2), temperature=0.05, lambdas="uniform", log_decay="token", key_bias=True))
+    expected = value_and_gradients(arguments, impl, torch.float32)
+    with monkeypatch.context() as patch:
+        for module in (attention_triton, attention_grid, fused_triton):
+            patch.setattr(module, "INTERPRETED", False)
+        launchers = {(attention_triton, "launch_sums"): attention_triton.launcher()}
+        of_grid = ("bins", attention_grid.TILES, "M"), ("grid", attention_grid.TILES, "M"), ("chunks", attention_grid.CHUNK_TILES, "KB")
+        for name, tiles, side in of_grid:
+            kernel = getattr(attention_grid, name.removesuffix("s") + "_kernel")
+            launchers[attention_grid, f"launch_{name}"] = attention_grid.launcher(kernel, tiles, side)
+        launchers[fused_triton, "launcher"] = fused_triton.launcher.__wrapped__(True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for (module, name), launch in launchers.items():
+            (tuned,) = (cell.cell_contents for cell in launch.__closure__)
+            tuned.nargs = {}
+            assert tuned.prune_configs({}) == tuned.configs[:1] and len(tuned.configs) > 1
+            if module is not fused_triton:
+                monkeypatch.setattr(module, name, launch)
+        results = value_and_gradients(arguments, impl, torch.float32)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert tuned.prune_configs({}) == tuned.configs
+    for ours, theirs in zip(results, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5 * theirs.abs().max().item(), rtol=1e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "row", [row for row in pairwise(SHORT) if row["T"] >= 63][::5], ids=lambda row: "-".join(str(value) for value in row.values())

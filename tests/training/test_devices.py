@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, metrics, ok, untimed
 from test_model import ALL, small, tokens
+from test_model import FORMS as EVERY_SWITCH
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -21,7 +22,7 @@ import train
 from common import UserError, choose_device
 from data import checkpoint_file
 from decoding.cache import Cache
-from ops.attention import Tree, tau_attention
+from ops.attention import Tree, doubled_sum, tau_attention
 from ops.fused import ChunkedLoss
 from training import checkpoint, optim, taumode
 from training.checkpoint import RunState
@@ -222,3 +223,50 @@ def test_the_tree_makes_no_float64_of_float32():
         results = Tree.forward(q, k, v, *more)
         grads = Tree.backward(torch.randn(1, 4, 100, 16), q, k, v, *more, *results)
     assert all(x.isfinite().all() for x in (*results, *grads))
+
+
+class Refused(TorchDispatchMode):
+    """Fails at what torch has no deterministic algorithm for on CUDA, by its list in use_deterministic_algorithms()."""
+
+    NAMES = "cumsum put put_ histc bincount nll_loss_forward nll_loss2d_forward _embedding_bag reflection_pad1d".split()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function).split(".")[1]
+        assert name not in self.NAMES or not args[0].is_floating_point(), function
+        assert str(function) not in ("aten.median.dim", "aten.kthvalue.default"), function
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("form", EVERY_SWITCH, ids=str)
+def test_deterministic_on_cuda_has_every_switch(form, deterministic, monkeypatch):
+    """A training step, tau, validation and diagnostics, watched on a CPU, with the running sum that a GPU takes; not run on one."""
+    model, idx = small(**form), tokens(T=24)
+    expected = gradients(model, idx, torch.float32, 1)
+    for module in (ops.attention, ops.dot):
+        monkeypatch.setattr(module, "running_sum", doubled_sum)
+    with Refused():
+        ours = gradients(model, idx, torch.float32, 1)
+        with torch.no_grad():
+            model(idx, idx)
+        if model.config.attention == "tau":
+            for mode in ("fixed", "mean", "percentile"):
+                taumode.calibrate(model, [idx], Settings(tau_mode=mode))
+            diagnose(model, idx)
+            taumode.tau_of(model)[0].median().item()
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 64, 1000])
+def test_running_sum_in_log_steps(T):
+    x = torch.randn(2, 3, T, dtype=torch.float64, requires_grad=True)
+    sums = doubled_sum(x), x.cumsum(-1)
+    torch.testing.assert_close(*sums)
+    weights = torch.randn_like(x)
+    torch.testing.assert_close(*(torch.autograd.grad((y * weights).sum(), x) for y in sums))
