@@ -429,8 +429,7 @@ def read_lines(path, half=False, /, **fields):
     and types of the fields of each object; numbers are finite, and what may be None may lack. half: a last line that is no JSON is left
     out too, and such a line is named on standard error. Raises UserError for a line that is not such an object."""
     records, lines = [], read_text(path, "replace").splitlines(keepends=True)
-    if half and lines and not is_json(lines[-1]):
-        print(f"{Path(sys.argv[0]).name}: warning: {path}, line {len(lines)} is half written: passed over", file=sys.stderr)
+    if half := half and lines and not is_json(lines[-1]):
         lines.pop()
     for number, line in enumerate(lines, 1):
         if line.endswith("\n"):
@@ -445,6 +444,8 @@ def read_lines(path, half=False, /, **fields):
                 raise UserError(f"{path}, line {number} has no {error}: mend or remove it, or leave this file out") from None
             except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
                 raise UserError(f"{path}, line {number} is damaged ({type(error).__name__}: {error}): mend or remove it") from None
+    if half and records:
+        print(f"{Path(sys.argv[0]).name}: warning: {path}, line {number + 1} is half written: passed over", file=sys.stderr)
     return records
 
 

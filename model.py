@@ -28,9 +28,9 @@ from ops.dot import DOT_SCALE, dot_attention, window_attention
 from ops.fused import ENERGY_EPS, NORM_EPS, ChunkedLoss, Energy, RMSNorm, SquaredReluMLP, by_head, rayleigh_quotient
 
 INIT_STD = 0.02
-RECALL_STD = 1.0  # where recall heads start: their matrix;
-RECALL_TEMPERATURE, RECALL_HOLD = 1e-4, -6.0  # of tau, and the logit of what an energy keeps of the one before;
-RECALL_SHARPNESS = 3.0  # of dot
+# Where recall heads start: their matrix; for tau the temperature, and the logit of a key of value 0; for dot the sharpness of the logits;
+RECALL_STD, RECALL_TEMPERATURE, RECALL_SINK, RECALL_SHARPNESS = 1.0, 1e-4, -4.0, 3.0
+RECALL_HOLD = {"tau": -6.0, "dot": -1.0}  # and the logit of what a vector keeps of the one before
 
 
 def without_autocast(x):
@@ -150,6 +150,7 @@ class Seen(NamedTuple):
     temperature: torch.Tensor | float
     log_decay: torch.Tensor | None
     key_bias: torch.Tensor | None
+    sink: torch.Tensor | None
 
 
 class Attention(nn.Module):
@@ -169,9 +170,10 @@ class Attention(nn.Module):
         self.key = nn.Linear(C, (Hkv - config.recall_kv_heads) * D, bias=False)
         if config.recall_heads:
             self.recall = nn.Linear(C, config.recall_kv_heads * D, bias=False)
+            self.hold = nn.Linear(C, config.recall_kv_heads)
+            nn.init.constant_(self.hold.bias, RECALL_HOLD[config.attention])
             if config.attention == "tau":
-                self.hold = nn.Linear(C, config.recall_kv_heads)
-                nn.init.constant_(self.hold.bias, RECALL_HOLD)
+                self.sink = nn.Parameter(torch.full((config.recall_heads,), RECALL_SINK))
         self.value = nn.Linear(C, Hkv * D, bias=False)
         self.out = nn.Linear(H * D, C, bias=False)
         if config.attention == "tau":
@@ -208,7 +210,7 @@ class Attention(nn.Module):
     def projections(self, x, rotary, cache, tokens):
         """(qk, v) of x (B, T, C): qk (B, group + 1, T, Hkv, D) holds for each key head the queries that read it and then
         its keys, rotated and normed; v (B, Hkv, T, D) holds the values. Those of recall heads are one vector, made of the token alone."""
-        config, m = self.config, self.config.recall_kv_heads
+        config = self.config
         projected = [self.query(x), self.key(x), self.value(x)]
         if config.conv:
             qkv = torch.cat(projected, -1)
@@ -223,10 +225,9 @@ class Attention(nn.Module):
             qk = rope(qk, rotary)
         elif rotated:
             qk = torch.cat([rope(qk[..., :rotated, :], rotary), qk[..., rotated:, :]], -2)
-        if m:
-            with without_autocast(x):  # equal tokens are to be equal to the last bit
-                recalled = self.recall(tokens).unflatten(-1, (m, -1))
-            qk = torch.cat([qk, recalled[:, None].expand(-1, qk.size(1), -1, -1, -1).to(qk.dtype)], 3)
+        if config.recall_heads:
+            recalled = self.recalled(tokens, cache)[:, None]
+            qk = torch.cat([qk.to(recalled.dtype), recalled.expand(-1, qk.size(1), -1, -1, -1)], 3)
         return norm(qk), v.transpose(1, 2)
 
     def energies(self, qk, laplacian, cache):
@@ -236,18 +237,18 @@ class Attention(nn.Module):
             return filtered_energy(x, laplacian, self.log_filter.view(len(laplacian), -1)).view(qk.shape[:-1])
         return (energy if cache is None else cache.energy)(x, laplacian).view(qk.shape[:-1])
 
-    def held(self, E, tokens, cache):
-        """E (B, group + 1, T, Hkv) with those of the recall heads as running means: Ebar_t = r_t Ebar_(t-1) + (1 - r_t) E_t, where r is a
-        function of the token. With a small r, Ebar is a number whose leading digits are the token's, and further ones those of the tokens
-        before it, so that the nearest lambda is that of the longest common suffix; an r near 1 passes a token over."""
-        others, E = E.tensor_split([-self.config.recall_kv_heads], 3)
-        with without_autocast(E):
-            r = self.hold(tokens).sigmoid()  # (B, T, m)
-            first = 0 if cache is None else cache.last.get((self.layer, "held"), 0)
-            E = recurrence(r, (1 - r) * E[:, 0], first)
+    def recalled(self, tokens, cache):
+        """The vectors (B, T, recall_kv_heads, D) of the recall heads: running means kbar_t = r_t kbar_(t-1) + (1 - r_t) k_t of a projection
+        k of the tokens, with a gate r of the token. With a small r, the energy of kbar is a number whose leading digits are the token's,
+        and further ones those of the tokens before it, so that the nearest lambda is that of the longest common suffix; an r near 1
+        passes a token over."""
+        with without_autocast(tokens):  # equal tokens are to be equal to the last bit
+            k = norm(self.recall(tokens).unflatten(-1, (-1, self.config.head_size)))
+            r = self.hold(tokens).sigmoid()[..., None]
+            k = recurrence(r, (1 - r) * k, 0 if cache is None else cache.last.get((self.layer, "recalled"), 0))
         if cache is not None:
-            cache.last[self.layer, "held"] = E[:, -1:].clone()
-        return torch.cat([others, E[:, None].expand(-1, others.size(1), -1, -1)], 3)
+            cache.last[self.layer, "recalled"] = k[:, -1:].clone()
+        return k
 
     def lambdas(self, E):
         return bounded(E, self.log_tau.exp())
@@ -294,19 +295,21 @@ class Attention(nn.Module):
             near, qk, v, sharpness, log_decay, key_bias = self.local(qk, v, sharpness, log_decay, key_bias, cache)
         if config.attention == "tau":
             E = self.energies(qk, laplacian, cache)
-            if config.recall_heads:
-                E = self.held(E, tokens, cache)
             queries, keys = queries_keys(self.lambdas(E))  # (B, H, T), (B, Hkv, T)
             scale = config.temperature / sharpness
-            if self.seen is not None:
-                self.seen.append(Seen(*(e.transpose(1, 2) for e in queries_keys(E.detach())), queries, keys, scale, log_decay, key_bias))
         else:
             queries, keys = queries_keys(qk)  # (B, H, T, D), (B, Hkv, T, D)
             scale = DOT_SCALE * sharpness
+        more = {}
         if config.recall_heads:
             keys = self.moved_on(keys, cache)
+            if config.attention == "tau":  # where no key matches, nothing is to be recalled
+                more["sink"] = F.pad(self.sink, (queries.size(1) - config.recall_heads, 0), value=-math.inf)
+        if config.attention == "tau" and self.seen is not None:
+            E_q, E_k = (e.transpose(1, 2) for e in queries_keys(E.detach()))
+            self.seen.append(Seen(E_q, E_k, queries, keys, scale, log_decay, key_bias, more.get("sink")))
         attend = self.operator if cache is None else cache.attend(self.layer, self.operator)
-        y = attend(queries, keys, v, scale, log_decay, key_bias)
+        y = attend(queries, keys, v, scale, log_decay, key_bias, **more)
         if config.local_heads:
             y = torch.cat([near, y], 1)
         y = y.transpose(1, 2).flatten(2)  # (B, T, H D)

@@ -174,7 +174,7 @@ def idea(folder, text, layer, head):
     with torch.no_grad(), model.recording() as seen:
         model(torch.tensor([tokens]), head=False)
         at = seen[layer]
-        weights = attention_weights(at.lambda_q, at.lambda_k, at.temperature, at.log_decay, at.key_bias)[0, head, -1]
+        weights = attention_weights(at.lambda_q, at.lambda_k, at.temperature, at.log_decay, at.key_bias, at.sink)[0, head, -1]
     temperature = at.temperature.expand(heads)[head].item() if torch.is_tensor(at.temperature) else at.temperature
     names = [tokenizer.decode_bytes([token]).decode(errors="replace").strip().replace("$", r"\$") or "_" for token in tokens]
     lambda_q, lambda_k = at.lambda_q[0, head, -1].item(), at.lambda_k[0, head * at.lambda_k.size(1) // heads].numpy()

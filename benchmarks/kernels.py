@@ -15,7 +15,7 @@ from common import UserError
 SHARED_KB = {80: 163, 90: 227}  # available to a block of threads, by compute capability
 
 
-FLOAT64 = "temperature decay bias lse grad_weight x w scale new_scale receiver_w source_w scales table_scales".split()
+FLOAT64 = "temperature decay bias sink lse grad_weight x w scale new_scale receiver_w source_w scales table_scales".split()
 FLOAT32 = (
     "lambda_q lambda_k receiver_x source_x source_one middle factors grad_q grad_k moment values total diff weight sums ones table "
     "table_ones losses"
@@ -58,9 +58,9 @@ def kernel_resources(what):
     if module is attention_grid:
         del constants["C"]  # there an argument: tokens a chunk
     if name in ("sums_kernel", "grid_kernel"):
-        constants |= dict.fromkeys(("lse", "spread") if backward else ("grad_k", "grad_weight", "moment"))
+        constants |= dict.fromkeys(("lse", "spread", "sink") if backward else ("grad_k", "grad_weight", "moment"))
     if module is attention_triton and name != "level_kernel" and not terms:
-        constants |= dict.fromkeys(("decay", "bias", "reach"))
+        constants |= dict.fromkeys(("decay", "bias", "reach", "sink"))
     types = {**dict.fromkeys(VALUES, values), **dict.fromkeys(FLOAT32, "fp32"), **dict.fromkeys(FLOAT64, "fp64")}
     types |= {**dict.fromkeys(INT32, "i32"), "order": "i64", "targets": "i64"}
     if name == "level_kernel":

@@ -52,9 +52,9 @@ class Cache:
     def attend(self, layer, operator):
         """The operator, tau_attention or dot_attention, as a function of new tokens alone: it stores them and attends to all so far."""
 
-        def attend(queries, keys, v, scale, log_decay, key_bias):
+        def attend(queries, keys, v, scale, log_decay, key_bias, **more):
             keys, v, log_decay, key_bias = self.extend(layer, keys=keys, values=v, log_decay=log_decay, key_bias=key_bias)
-            return operator(queries, keys, v, scale, log_decay, key_bias)
+            return operator(queries, keys, v, scale, log_decay, key_bias, **more)
 
         return attend
 
@@ -103,7 +103,7 @@ class ExactCache(CompiledCache):
         return super().nbytes() + sum(x.nbytes for kept in self.layers.values() for x in kept)
 
     def attend(self, layer, operator):
-        def attend(lambda_q, lambda_k, v, temperature, log_decay, key_bias):
+        def attend(lambda_q, lambda_k, v, temperature, log_decay, key_bias, sink=None):
             end = self.length + v.size(2)
             if layer not in self.layers:
                 self.layers[layer] = self.allocated(v, lambda_q.size(1), temperature)
@@ -111,13 +111,14 @@ class ExactCache(CompiledCache):
                 self.layers[layer] = tuple(grown(x, max(2, times) * x.size(2)) if x.ndim > 2 else x for x in self.layers[layer])
             if self.length == 0:
                 self.fill(self.layers[layer], lambda_k, v, log_decay, key_bias)
-                return operator(lambda_q, lambda_k, v, temperature, log_decay, key_bias)
+                return operator(lambda_q, lambda_k, v, temperature, log_decay, key_bias, sink=sink)
+            sink = None if sink is None else sink.double()
             tokens = lambda_q, lambda_k, v, log_decay, key_bias
             if v.size(2) == 1:
-                return self.step(self.layers[layer], self.length, *tokens)
+                return self.step(self.layers[layer], self.length, sink, *tokens)
             return torch.cat(
                 [
-                    self.step(self.layers[layer], self.length + t, *(x if x is None else x[:, :, t : t + 1] for x in tokens))
+                    self.step(self.layers[layer], self.length + t, sink, *(x if x is None else x[:, :, t : t + 1] for x in tokens))
                     for t in range(v.size(2))
                 ],
                 2,
@@ -158,10 +159,10 @@ class ExactCache(CompiledCache):
         for begin, end in segments(sealed):
             decode().seal(lambdas, weight, values, sums, scales, temperature, begin, end)
 
-    def step(self, kept, length, *token):
+    def step(self, kept, length, sink, *token):
         """Store one token, the one after `length` others, and attend: (B, H, 1, D)."""
         lambdas, weight, values, sums, scales, temperature, ends, now = kept
-        y = decode().attend(*(x if x is None else x.contiguous() for x in token), *kept, length)
+        y = decode().attend(*(x if x is None else x.contiguous() for x in token), *kept, sink, length)
         if (length + 1) % SEGMENT == 0:  # it completes a segment, which absorbs the shorter ones before it
             sealed, end = length // SEGMENT * SEGMENT, length + 1
             ends[:, :, end // SEGMENT] = now
@@ -224,7 +225,7 @@ class StreamCache(Cache):
         return torch.cat([wanted.new_zeros(1), wanted.cumsum(0)]).long()
 
     def attend(self, layer, operator):
-        def attend(lambda_q, lambda_k, v, temperature, log_decay, key_bias):
+        def attend(lambda_q, lambda_k, v, temperature, log_decay, key_bias, sink=None):
             B, H, T = lambda_q.shape
             for x in (lambda_q, lambda_k) if T > 1 or v.device.type == "cpu" else ():  # a GPU would wait for the answer at each token
                 least, greatest = (bound.item() for bound in torch.aminmax(x))
@@ -248,6 +249,7 @@ class StreamCache(Cache):
                 zeros(Hkv) if key_bias is None else key_bias.to(fine).contiguous(),
                 temperature,
                 *(self.kept[layer, name] for name in ("first", "state", "scale")),
+                None if sink is None else sink.to(fine),
             )
 
         return attend

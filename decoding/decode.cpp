@@ -115,10 +115,11 @@ void seal(at::Tensor lambda_k, at::Tensor weight, at::Tensor v, at::Tensor sums,
 // The next token, number `length`: lambda_q (B, H, 1), lambda_k (B, Hkv, 1), v (B, Hkv, 1, D), log_decay (B, H, 1) and bias
 // (B, Hkv, 1) if there are any. It is stored in the cache, whose tensors are as above and whose rows before
 // length / SEGMENT * SEGMENT are in segments. ends (B, H, 1 + N / SEGMENT) float64 is the running sum of log decays after each
-// multiple of SEGMENT tokens, now (B, H) float64 the one after the last token. -> out (B, H, 1, D)
+// multiple of SEGMENT tokens, now (B, H) float64 the one after the last token; sink (H) float64, if any, the log weight of a value 0.
+// -> out (B, H, 1, D)
 at::Tensor attend(const at::Tensor& lambda_q, const at::Tensor& lambda_k, const at::Tensor& v, const Maybe& log_decay, const Maybe& bias,
                   at::Tensor lambdas, at::Tensor weight, at::Tensor values, at::Tensor sums, at::Tensor scales,
-                  const at::Tensor& temperature, const at::Tensor& ends, at::Tensor now, int64_t length) {
+                  const at::Tensor& temperature, const at::Tensor& ends, at::Tensor now, const Maybe& sink, int64_t length) {
   const int64_t B = v.size(0), Hkv = v.size(1), H = weight.size(1), D = v.size(3), heads = H / Hkv, sealed = length / SEGMENT * SEGMENT;
   auto out = at::empty({B, H, 1, D}, v.options());
   at::parallel_for(0, B * Hkv, 1, [&](int64_t first, int64_t last) {
@@ -155,6 +156,7 @@ at::Tensor attend(const at::Tensor& lambda_q, const at::Tensor& lambda_k, const 
           start = stop;
         }
         rows(sealed, length + 1, here - end[sealed / SEGMENT]);
+        if (sink) row[D] += sum.rescaled(sink->const_data_ptr<double>()[h]);
         float* to = out.data_ptr<float>() + head * D;
         for (int64_t d = 0; d < D; d++) to[d] = row[d] / row[D];
       }
@@ -165,10 +167,11 @@ at::Tensor attend(const at::Tensor& lambda_q, const at::Tensor& lambda_k, const 
 
 // The next T tokens of each head, one after the other: lambda_q (B, H, T), lambda_k (B, Hkv, T), v (B, Hkv, T, D), log_decay
 // (B, H, T) and bias (B, Hkv, T) float64, temperature (H) float64, first (H + 1) int64: head h has the bins first[h] .. first[h + 1]
-// of state (B, bins, 2, D + 1), whose rows are in units of exp(scale), (B, H) float64. Stores each key and then attends:
+// of state (B, bins, 2, D + 1), whose rows are in units of exp(scale), (B, H) float64; sink as above. Stores each key and then attends:
 // -> out (B, H, T, D)
 at::Tensor stream(const at::Tensor& lambda_q, const at::Tensor& lambda_k, const at::Tensor& v, const at::Tensor& log_decay,
-                  const at::Tensor& bias, const at::Tensor& temperature, const at::Tensor& first, at::Tensor state, at::Tensor scale) {
+                  const at::Tensor& bias, const at::Tensor& temperature, const at::Tensor& first, at::Tensor state, at::Tensor scale,
+                  const Maybe& sink) {
   constexpr double MOST = 30;  // the greatest log weight, relative to scale: beyond it the state is rescaled
   constexpr float LEAST = 1e-30;  // the least weight of a bin that counts
   const int64_t B = v.size(0), Hkv = v.size(1), T = v.size(2), D = v.size(3), H = lambda_q.size(1);
@@ -222,6 +225,7 @@ at::Tensor stream(const at::Tensor& lambda_q, const at::Tensor& lambda_k, const 
           take(own, 0, factor + (center(own) - query) * sharpness);
           take(own, 1, factor + (query - center(own)) * sharpness);
         }
+        if (sink) total[D] += std::exp(sink->const_data_ptr<double>()[h] - most - log_scale);
         float* to = out.data_ptr<float>() + (head * T + t) * D;
         for (int64_t d = 0; d < D; d++) to[d] = total[d] / total[D];
       }
@@ -255,8 +259,8 @@ TORCH_LIBRARY(tauformer_decode, library) {
               "int start, int stop) -> ()", &seal);
   library.def("attend(Tensor lambda_q, Tensor lambda_k, Tensor v, Tensor? log_decay, Tensor? bias, Tensor(a!) lambdas, "
               "Tensor(b!) weight, Tensor(c!) values, Tensor sums, Tensor scales, Tensor temperature, Tensor ends, Tensor(d!) now, "
-              "int length) -> Tensor", &attend);
+              "Tensor? sink, int length) -> Tensor", &attend);
   library.def("energy(Tensor x, Tensor laplacian, float eps) -> Tensor", &energy);
   library.def("stream(Tensor lambda_q, Tensor lambda_k, Tensor v, Tensor log_decay, Tensor bias, Tensor temperature, Tensor first, "
-              "Tensor(a!) state, Tensor(b!) scale) -> Tensor", &stream);
+              "Tensor(a!) state, Tensor(b!) scale, Tensor? sink) -> Tensor", &stream);
 }

@@ -7,13 +7,13 @@ MOST = 30  # the greatest log weight, relative to the state's scale: beyond it t
 LEAST = 1e-30  # the least weight of a bin that counts
 
 
-def stream(lambda_q, lambda_k, v, log_decay, bias, temperature, first, state, scale):
+def stream(lambda_q, lambda_k, v, log_decay, bias, temperature, first, state, scale, sink):
     """Add T tokens to the state, in place, and return what each attends to, (B, H, T, D).
 
     lambda_q (B, H, T), lambda_k (B, Hkv, T), v (B, Hkv, T, D), log_decay (B, H, T), bias (B, Hkv, T), temperature (H,). first (H + 1,):
     where each head's bins begin among the N of all. state (B, N, 2, D + 1): of each bin the sums of exp(x + w) (v, 1) and of
     exp(-x + w) (v, 1), where x is a key's distance from the bin's centre in temperatures and w its log weight; both in units of
-    exp(scale), (B, H), -inf at first. Memory is O(T N H + T^2 H)."""
+    exp(scale), (B, H), -inf at first. sink (H,), if any: the log weight of a value 0. Memory is O(T N H + T^2 H)."""
     B, H, T = lambda_q.shape
     group, fine, D = H // lambda_k.size(1), scale.dtype, v.size(-1)
     lambda_k, bias, v = (x.repeat_interleave(group, 1) for x in (lambda_k, bias, v))  # of each query head
@@ -53,6 +53,9 @@ def stream(lambda_q, lambda_k, v, log_decay, bias, temperature, first, state, sc
     total = (pairs - most).exp().float() @ rows
     for side in (0, 1):
         total = total + ((exponents[side] - most).exp().float().flatten(1, 2) @ state[:, :, side]).unflatten(1, (H, T))
+
+    if sink is not None:
+        total[..., D:] += (sink[:, None, None] - most - (scale[..., None] + log_decay.to(fine).cumsum(-1))[..., None]).exp().float()
 
     # the state after them
     scale += log_decay.to(fine).sum(-1)

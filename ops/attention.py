@@ -31,7 +31,7 @@ LEAF = 32  # tree: blocks of at most this many tokens are summed directly, pair 
 NOTHING = -1e30  # stands for log 0, the log of an empty sum
 
 
-def tau_attention(lambda_q, lambda_k, v, temperature, log_decay=None, key_bias=None, impl="auto"):
+def tau_attention(lambda_q, lambda_k, v, temperature, log_decay=None, key_bias=None, impl="auto", sink=None):
     """Causal attention by the distance of scalars: out_i = sum_{j<=i} softmax_j(logit_ij) v_j, where
 
         logit_ij = -|lambda_q,i - lambda_k,j| / temperature  +  key_bias_j  +  sum of log_decay over j+1 .. i
@@ -48,13 +48,14 @@ def tau_attention(lambda_q, lambda_k, v, temperature, log_decay=None, key_bias=N
                  time and O(T D) memory. "triton": GPU, D <= 128, O(T^2) time and O(T D) memory; "grid": the same in O(T sqrt(T))
                  time. These four need Tq = T.
                  "auto": the fastest that applies.
+    sink         (H,): the logit of one more key, whose value is 0 and which all queries see; -inf is none
 
     Returns (B, H, Tq, D) in v's dtype, computed in float32 (float64 if v is float64), under autocast too; triton multiplies
     weights and values in v's dtype and sums in float32. Differentiable in every tensor argument. Raises ValueError for
     shapes that do not fit, for a temperature that is a number but not positive, for an impl that is unknown or does not
     apply, and, in autograd's anomaly mode, for inputs that are not finite.
     """
-    given = dict(lambda_q=lambda_q, lambda_k=lambda_k, v=v, temperature=temperature, log_decay=log_decay, key_bias=key_bias)
+    given = dict(lambda_q=lambda_q, lambda_k=lambda_k, v=v, temperature=temperature, log_decay=log_decay, key_bias=key_bias, sink=sink)
     given = {name: x for name, x in given.items() if torch.is_tensor(x)}
     if not shapes_fit(**given):
         raise ValueError("shapes do not fit: " + ", ".join(f"{name} {tuple(x.shape)}" for name, x in given.items()))
@@ -81,7 +82,7 @@ def tau_attention(lambda_q, lambda_k, v, temperature, log_decay=None, key_bias=N
         if impl in ("triton", "grid") and v.dtype in (torch.bfloat16, torch.float16):
             inputs[2] = v
         if impl == "naive":
-            return naive(*inputs, temperature, log_decay, key_bias).to(v.dtype)
+            return naive(*inputs, temperature, log_decay, key_bias, sink).to(v.dtype)
         scalar = finest(v.device)  # dtype of positions and log weights
         if not torch.is_tensor(temperature):
             temperature = torch.full((H,), temperature, dtype=scalar, device=v.device)
@@ -91,10 +92,12 @@ def tau_attention(lambda_q, lambda_k, v, temperature, log_decay=None, key_bias=N
             log_decay = running_sum(log_decay)
         if key_bias is not None:
             key_bias = key_bias.to(scalar)
-        return fast_attention(*inputs, temperature, log_decay, key_bias, impl)[0].to(v.dtype)
+        if sink is not None:
+            sink = sink.to(scalar)
+        return fast_attention(*inputs, temperature, log_decay, key_bias, sink, impl)[0].to(v.dtype)
 
 
-def shapes_fit(lambda_q, lambda_k, v, temperature=None, log_decay=None, key_bias=None):
+def shapes_fit(lambda_q, lambda_k, v, temperature=None, log_decay=None, key_bias=None, sink=None):
     """Whether the tensors that are given have the shapes that tau_attention() requires."""
     if lambda_q.ndim != 3 or v.ndim != 4:
         return False
@@ -107,6 +110,7 @@ def shapes_fit(lambda_q, lambda_k, v, temperature=None, log_decay=None, key_bias
         and (temperature is None or temperature.shape in ((), (H,)))
         and (log_decay is None or log_decay.shape in ((B, H, T), (H,)))
         and (key_bias is None or key_bias.shape == (B, Hkv, T))
+        and (sink is None or sink.shape == (H,))
     )
 
 
@@ -129,15 +133,15 @@ def doubled_sum(x):
     return x
 
 
-def naive(lambda_q, lambda_k, v, temperature, log_decay=None, key_bias=None):
+def naive(lambda_q, lambda_k, v, temperature, log_decay=None, key_bias=None, sink=None):
     """The reference: the definition of tau_attention, line by line. Dense; arguments and shapes are the same, dtypes are kept."""
-    weights = attention_weights(lambda_q, lambda_k, temperature, log_decay, key_bias)
+    weights = attention_weights(lambda_q, lambda_k, temperature, log_decay, key_bias, sink)
     out = weights.unflatten(1, (v.shape[1], -1)).flatten(2, 3) @ v  # (B, Hkv, group * Tq, D)
     return out.view(*lambda_q.shape, v.shape[-1])
 
 
-def attention_weights(lambda_q, lambda_k, temperature, log_decay=None, key_bias=None):
-    """The softmax weights of tau_attention, (B, H, Tq, T)."""
+def attention_weights(lambda_q, lambda_k, temperature, log_decay=None, key_bias=None, sink=None):
+    """The softmax weights of tau_attention, (B, H, Tq, T); what is lacking to a sum of 1 is the sink's."""
     B, H, Tq = lambda_q.shape
     Hkv, T = lambda_k.shape[1:]
     group = H // Hkv
@@ -146,7 +150,10 @@ def attention_weights(lambda_q, lambda_k, temperature, log_decay=None, key_bias=
     if torch.is_tensor(temperature) and temperature.ndim:
         temperature = temperature.to(distance.dtype).view(Hkv, group, 1, 1)
     logits = -distance / temperature
-    return add_terms(logits.flatten(1, 2), log_decay, key_bias).softmax(-1)
+    logits = add_terms(logits.flatten(1, 2), log_decay, key_bias)
+    if sink is not None:
+        logits = torch.cat([logits, sink.to(logits.dtype)[:, None, None].expand(B, H, Tq, 1)], -1)
+    return logits.softmax(-1)[..., :T]
 
 
 def add_terms(logits, log_decay, key_bias):
@@ -166,7 +173,8 @@ def add_terms(logits, log_decay, key_bias):
 # The fast implementations share an interface: forward returns out and what backward needs beside it, namely lse (B, H, T), the
 # log of the softmax's denominator, and diff (B, H, T, D) and diff_one (B, H, T), which are sum_j s_ij p_ij v_j and
 # sum_j s_ij p_ij, with p_ij the softmax weights and s_ij the sign of lambda_q,i - lambda_k,j. (attention_triton returns other
-# tensors in the places of diff and diff_one.) decay (B, H, T) is the running sum of log_decay.
+# tensors in the places of diff and diff_one.) decay (B, H, T) is the running sum of log_decay. The sink is one more term of the
+# denominator: with it all four are as if each weight had been multiplied by the same number, and backward is the same.
 
 
 @torch.library.custom_op("tauformer::attention", mutates_args=())
@@ -177,10 +185,19 @@ def fast_attention(
     temperature: torch.Tensor,
     decay: torch.Tensor | None,
     bias: torch.Tensor | None,
+    sink: torch.Tensor | None,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     with float32_on_device_of(v):
-        return backend(impl).forward(*contiguous(lambda_q, lambda_k), dense_rows(v), *contiguous(temperature, decay, bias))
+        inputs = *contiguous(lambda_q, lambda_k), dense_rows(v), *contiguous(temperature, decay, bias)
+        if impl in ("triton", "grid"):
+            return backend(impl).forward(*inputs, *contiguous(sink))
+        out, lse, diff, diff_one = backend(impl).forward(*inputs)
+        if sink is not None:
+            whole = torch.logaddexp(lse, sink[:, None])
+            kept, lse = (lse - whole).exp().to(v.dtype), whole
+            out, diff, diff_one = out * kept[..., None], diff * kept[..., None], diff_one * kept
+        return out, lse, diff, diff_one
 
 
 @torch.library.custom_op("tauformer::attention_backward", mutates_args=())
@@ -213,7 +230,7 @@ def fast_attention_backward(
 
 
 @fast_attention.register_fake
-def _(lambda_q, lambda_k, v, temperature, decay, bias, impl):
+def _(lambda_q, lambda_k, v, temperature, decay, bias, sink, impl):
     (B, H, T), D = lambda_q.shape, v.shape[-1]
     out, lse = v.new_empty(B, T, H, D).transpose(1, 2), temperature.new_empty(B, H, T)
     if impl in ("triton", "grid"):
@@ -240,12 +257,18 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, grad, *_):
     if grad is None:
-        return (None,) * 7
-    tensors = ctx.saved_tensors
+        return (None,) * 8
+    *tensors, sink, out, lse, diff, diff_one = ctx.saved_tensors
     v, decay, bias = tensors[2], tensors[4], tensors[5]
-    *grads, grad_weight = fast_attention_backward(grad, *tensors, ctx.impl)
+    *grads, grad_weight = fast_attention_backward(grad, *tensors, out, lse, diff, diff_one, ctx.impl)
     grad_bias = grad_weight.unflatten(1, (v.shape[1], -1)).sum(2) if bias is not None else None
-    return *grads, -grad_weight if decay is not None else None, grad_bias, None
+    grad_decay, grad_sink = -grad_weight if decay is not None else None, None
+    if sink is not None:
+        to_sink = (sink[:, None] - lse).exp() * (grad.float() * out.float()).sum(-1)
+        grad_sink = -to_sink.sum((0, 2))
+        if decay is not None:  # without a sink that of the queries' decay is 0, because softmax does not see what all logits share
+            grad_decay = grad_decay + to_sink
+    return *grads, grad_decay, grad_bias, grad_sink, None
 
 
 fast_attention.register_autograd(_backward, setup_context=_save)

@@ -177,7 +177,7 @@ def scan_kernel(table, ones, scales, chunks, K,
 
 
 def grid_kernel(receiver_x, receiver_w, receiver_bin, source_x, source_w, source_one, source, v, temperature, table, table_ones,
-                table_scales, sums, ones, out, lse, spread, grad_k, grad_weight, moment, source_b, source_h, source_t,
+                table_scales, sums, ones, out, lse, spread, grad_k, grad_weight, moment, sink, source_b, source_h, source_t,
                 v_b, v_h, v_t, out_b, out_h, out_t, H, RECEIVERS, SOURCES, GROUP, T, C, K,
                 D: tl.constexpr, WIDTH: tl.constexpr, DECAY: tl.constexpr, BACKWARD: tl.constexpr, INTERPRET: tl.constexpr,
                 M: tl.constexpr, N: tl.constexpr):  # fmt: skip
@@ -240,7 +240,15 @@ def grid_kernel(receiver_x, receiver_w, receiver_bin, source_x, source_w, source
         tl.store(grad_weight + head * T + r, tl.sum(total * value, 1) + (one_plus + one_minus) * unit, mask=r < T)
         tl.store(moment + head * T + r, -x * db * sharpness, mask=r < T)
     else:
+        if sink is not None:
+            log_sink = tl.load(sink + h).to(scale.dtype)
+            higher = tl.maximum(scale, log_sink)
+            kept = tl.exp(scale - higher)
+            plus, minus, one_plus, one_minus = plus * kept[:, None], minus * kept[:, None], one_plus * kept, one_minus * kept
+            scale = higher
         Z = one_plus + one_minus
+        if sink is not None:
+            Z += tl.exp(log_sink - scale)
         total = (plus + minus) / Z[:, None]
         rounded = total.to(out.dtype.element_ty)
         tl.store(place, rounded, mask=inside)
@@ -331,14 +339,14 @@ def log_weights(lambda_q, temperature, decay, bias):
     return of_keys, of_queries
 
 
-def forward(lambda_q, lambda_k, v, temperature, decay, bias):
+def forward(lambda_q, lambda_k, v, temperature, decay, bias, sink=None):
     """As attention_triton.forward()."""
     (B, H, T), D = lambda_q.shape, v.shape[-1]
     C, K = sizes(T)
     out, lse = v.new_empty(B, T, H, D).transpose(1, 2), temperature.new_empty(B, H, T)
     spread = v.new_empty(2, B, H, T, D)
     sums(lambda_q, lambda_k, log_weights(lambda_q, temperature, decay, bias), torch.ones_like(lambda_q), v, v, temperature,
-         decay is not None, (out, lse, spread, None, None, None), Bins(lambda_q, lambda_k, K), C, K, False)  # fmt: skip
+         decay is not None, (out, lse, spread, None, None, None, sink), Bins(lambda_q, lambda_k, K), C, K, False)  # fmt: skip
     return out, lse, spread, lambda_q.new_zeros(B, H, 2)
 
 
@@ -355,7 +363,7 @@ def backward(grad, lambda_q, lambda_k, v, temperature, decay, bias, out, lse, sp
     one = factors[:, :, :T, 3].contiguous()
     of_keys, of_queries = log_weights(lambda_q, temperature, decay, bias)
     sums(lambda_q, lambda_k, (of_keys, of_queries - lse), one, source, v, temperature, decay is not None,
-         (grad_v, None, None, grad_k, grad_weight, moment[1]), Bins(lambda_q, lambda_k, K), C, K, True)  # fmt: skip
+         (grad_v, None, None, grad_k, grad_weight, moment[1], None), Bins(lambda_q, lambda_k, K), C, K, True)  # fmt: skip
     if group > 1:
         grad_k = grad_k.unflatten(1, (-1, group)).sum(2)
         grad_v = grad_v.transpose(1, 2).unflatten(2, (-1, group)).sum(3).to(v.dtype).transpose(1, 2)

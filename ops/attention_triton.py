@@ -317,6 +317,7 @@ def sums_kernel(
     grad_k,
     grad_weight,
     moment,
+    sink,
     source_b,
     source_h,
     source_t,
@@ -524,7 +525,15 @@ def sums_kernel(
         tl.store(grad_weight + head * T + r, tl.sum(total * value, 1) + (one_plus + one_minus) * unit, mask=r < T)
         tl.store(moment + head * T + r, (p - x) * db * sharpness, mask=r < T)
     else:
+        if sink is not None:
+            log_sink = tl.load(sink + h).to(scale.dtype)
+            higher = tl.maximum(scale, log_sink)
+            kept = tl.exp(scale - higher)
+            plus, minus, one_plus, one_minus = plus * kept[:, None], minus * kept[:, None], one_plus * kept, one_minus * kept
+            scale = higher
         Z = one_plus + one_minus
+        if sink is not None:
+            Z += tl.exp(log_sink - scale)
         total = (plus + minus) / Z[:, None]
         rounded = total.to(out.dtype.element_ty)
         tl.store(place, rounded, mask=inside)
@@ -718,7 +727,7 @@ def reaches(lambda_q, lambda_k, temperature, decay, bias):
     )
 
 
-def forward(lambda_q, lambda_k, v, temperature, decay, bias):
+def forward(lambda_q, lambda_k, v, temperature, decay, bias, sink=None):
     """(out (B, H, T, D) in v's dtype, lse (B, H, T), (2, B, H, T, D): spread and the rounding error of out, middle (B, H, 2))."""
     (B, H, T), D = lambda_q.shape, v.shape[-1]
     out, lse = v.new_empty(B, T, H, D).transpose(1, 2), temperature.new_empty(B, H, T)
@@ -746,6 +755,7 @@ def forward(lambda_q, lambda_k, v, temperature, decay, bias):
         None,
         None,
         None,
+        sink,
         *strides(v, v, out),
         H,
         H // v.shape[1],
@@ -806,6 +816,7 @@ def backward(grad, lambda_q, lambda_k, v, temperature, decay, bias, out, lse, sp
         grad_k,
         grad_weight,
         moment[1],
+        None,
         *strides(rows, v, grad_v),
         H,
         group,

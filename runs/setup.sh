@@ -63,7 +63,7 @@ numbers() {  # NAME "1 2 3": refuses a setting that is not whole numbers
 
 corpus_name() {  # FILE.jsonl: the name of its corpus; those of the corpora that the scripts make themselves are refused
     local name=$(basename "${1// /_}" .jsonl)
-    case $name in python_docs | shakespeare_char | shakespeare_speeches)
+    case $name in python_docs | python_code | shakespeare_char | shakespeare_speeches)
         echo "$1: the scripts have a corpus $name of their own: rename the file" >&2; exit 2 ;;
     esac
     echo "$name"

@@ -5,10 +5,11 @@
 #     bash runs/study.sh FILE.jsonl                        all of it: the rows below down to the empty line
 #     bash runs/study.sh FILE.jsonl "tau + gate" dot       these rows only
 #
-# These may be set: SEEDS="1 2 3", CORPORA="shakespeare_char python_docs FILE", TEXT=tinyshakespeare.txt (otherwise loaded through
-# `datasets`, unless data/shakespeare_char is there), WORKERS=2 (runs at a time, with one thread each), OPTIONS="--max_steps=900 ..."
-# (for every run; give another NAME with them), NAME=study. Runs go to out/my_NAME/CORPUS/ROW/SEED, their lines to
-# results/my_NAME.jsonl. Finished runs are not repeated, interrupted ones go on; another NAME makes them again.
+# These may be set: SEEDS="1 2 3", CORPORA="shakespeare_char python_docs FILE" (there is python_code too, which has a context of 512),
+# TEXT=tinyshakespeare.txt (otherwise loaded through `datasets`, unless data/shakespeare_char is there), WORKERS=2 (runs at a time, with one
+# thread each), OPTIONS="--max_steps=900 ..." (for every run; give another NAME with them), NAME=study. Runs go to
+# out/my_NAME/CORPUS/ROW/SEED, their lines to results/my_NAME.jsonl. Finished runs are not repeated, interrupted ones go on; another NAME
+# makes them again.
 [ $# -ge 1 ] || { echo 'usage: bash runs/study.sh FILE.jsonl ["ROW" ...]' >&2; exit 2; }
 for file in "$1" ${TEXT:+"$TEXT"}; do [ -f "$file" ] || { echo "runs/study.sh: $file is not a file" >&2; exit 2; }; done
 jsonl=$(realpath "$1") text=${TEXT:+$(realpath "$TEXT")}
@@ -55,8 +56,8 @@ tau, published, random graph    | --laplacian=DATA/random.parquet
 tau, published, chain           | --laplacian=DATA/chain.parquet
 tau, published, complete graph  | --laplacian=DATA/complete.parquet
 
-tau + all, 8 heads, 2 recall                     | $best --recall_heads=2
-dot + all, 8 heads, 2 recall                     | --attention=dot $of_both --n_head=8 --recall_heads=2
+tau + all, 8 heads, 4 recall                     | $best --local_heads=3 --recall_heads=4
+dot + all, 8 heads, 4 recall                     | --attention=dot $of_both --n_head=8 --recall_heads=4
 tau + all, 8 heads, token vectors                | $best --embedding_init=domain
 tau + all, 8 heads, token vectors, random graph  | $best --embedding_init=domain --laplacian=DATA/random.parquet
 EOF
@@ -81,9 +82,9 @@ text, = data.corpus.Corpus("data/shakespeare_char").documents("train")
 for speech in text.split("\n\n"):
     print(json.dumps({"text": speech}))' > data/shakespeare_speeches.jsonl
         [ -f $documents/meta.json ] || show python data/jsonl/prepare.py data/shakespeare_speeches.jsonl --tokenizer=char --out_dir=$documents ;;
-    python_docs) bpe_corpus $data 2048 python_docs ;;
+    python_docs | python_code) bpe_corpus $data 2048 $1 ;;
     "$own") bpe_corpus $data 2048 jsonl "$jsonl" ;;
-    *) echo "runs/study.sh: no corpus $1; there are: shakespeare_char python_docs $own" >&2; exit 2 ;;
+    *) echo "runs/study.sh: no corpus $1; there are: shakespeare_char python_docs python_code $own" >&2; exit 2 ;;
     esac
     [ -f $documents/embeddings.npy ] || show python data/embed.py $documents --dim=128
     for graph in domain random; do
@@ -98,6 +99,7 @@ one() {  # CORPUS SEED "ROW|SETTINGS": a run, unless its line is there
     local row=${3%%|*} settings=${3#*|} config=configs/study.toml out
     out="out/$name/$1/$row/$2"
     [ $1 = shakespeare_char ] && config=configs/shakespeare_char_tau.toml
+    [ $1 = python_code ] && settings+=" --block_size=512 --batch_size=2"
     grep -qs "\"run\": \"$out\".*}}\$" "results/$name.jsonl" && return
     OMP_NUM_THREADS=1 python train.py $config --init_from=auto --data_dir=data/$1 --laplacian=data/$1/domain.parquet \
         --eval_interval=300 --diag_interval=0 --seed=$2 --results="results/$name.jsonl" --out_dir="$out" ${settings//DATA/data/$1} ${OPTIONS:-} 2>&1 |

@@ -38,7 +38,7 @@ def diagnose(model, idx):
             q, k, decay, bias = (
                 x if x is None else x[b : b + 1] for x in (layer.lambda_q, layer.lambda_k, layer.log_decay, layer.key_bias)
             )
-            p = attention_weights(q[..., -QUERIES:].contiguous(), k.contiguous(), layer.temperature, decay, bias)[0]
+            p = attention_weights(q[..., -QUERIES:].contiguous(), k.contiguous(), layer.temperature, decay, bias, layer.sink)[0]
             entropy.append(torch.special.entr(p).sum(-1).mean(-1))
             age = torch.arange(p.size(1), device=p.device)[:, None] + p.size(2) - p.size(1) - torch.arange(p.size(2), device=p.device)
             near.append((p * (age < NEAR)).sum(-1).mean(-1))

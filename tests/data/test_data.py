@@ -14,6 +14,7 @@ from conftest import fails, ok, shared_data
 from common import UserError
 from data import tokenizer as tokenizers
 from data.corpus import Corpus, read_jsonl, unigram_and_bigram_loss
+from data.python_code import prepare as python_code
 
 WORDS = "the graph of a domain remembers what its features share and forgets the rest".split()
 
@@ -28,6 +29,17 @@ def write_jsonl(path, count=60, kind=str):
 
 def decoded(corpus, split):
     return list(corpus.documents(split))
+
+
+def test_python_code(tmp_path, monkeypatch):
+    for name in ("a.py", "deep/b.py", "deep/empty.py", "test/c.py"):
+        (tmp_path / "lib" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "lib" / name).write_text("" if "empty" in name else f"    # {name}\r\nx = 1\n")
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path / "lib"))
+    monkeypatch.setattr("sys.argv", ["prepare.py", "--tokenizer=char", f"--out_dir={tmp_path / 'code'}"])
+    python_code.main()
+    corpus = Corpus(tmp_path / "code")
+    assert sorted(decoded(corpus, "train") + decoded(corpus, "val")) == ["    # a.py\nx = 1\n", "    # deep/b.py\nx = 1\n"]
 
 
 def test_python_docs(work):

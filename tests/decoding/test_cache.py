@@ -168,7 +168,8 @@ def test_stream_is_the_same_in_plain_torch(form, tmp_path):
     for bias in (0.0, 50.0, -3.0, 90.0):
         tokens = torch.rand(1, 2, 3), torch.rand(1, 1, 3), torch.randn(1, 1, 3, 8), -torch.rand(1, 2, 3).double()
         tokens += torch.tensor([[[0, bias, 1]]]).double(), torch.tensor([0.3, 0.1]).double(), first
-        torch.testing.assert_close(decode().stream(*tokens, *state), stream(*tokens, *other), atol=1e-5, rtol=1e-5)
+        sink = torch.tensor([-1.0, 30.0]).double() if bias else None
+        torch.testing.assert_close(decode().stream(*tokens, *state, sink), stream(*tokens, *other, sink), atol=1e-5, rtol=1e-5)
 
 
 def test_bins_go_to_the_heads_that_want_few_first():

@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 
 pytest.importorskip("triton", reason="triton has no build for this system")
-from test_attention import FACTORS, inputs, pairwise, table_inputs, value_and_gradients
+from test_attention import FACTORS, attended, inputs, pairwise, table_inputs, value_and_gradients
 
 from benchmarks.attention import cuda_seconds, operator
 from ops import attention_grid, attention_triton, fused_triton
@@ -19,7 +19,7 @@ from ops.attention_triton import KEYS_BLOCK, LEVEL_TILE, QUERIES_BLOCK, TILES, r
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.cuda] if DEVICE == "cuda" else []  # all of it, where there is one
-NAMES = ("out", "lambda_q", "lambda_k", "v", "temperature", "log_decay", "key_bias")
+NAMES = ("out", "lambda_q", "lambda_k", "v", "temperature", "log_decay", "key_bias", "sink")
 SHORT = FACTORS | {"T": [1, 2, 63, 64, 65, 300, 512], "D": [16, 32, 64, 80, 128], "heads": [(1, 1), (1, 2), (2, 4)]}
 
 
@@ -39,7 +39,7 @@ def mixed(inputs, impl, dtype):
     """out and gradients with values of dtype and all else float32, or float64 where dtype is."""
     lambda_q, lambda_k, v, *rest = [x if x is None else x.to(torch.promote_types(dtype, torch.float32)) for x in inputs]
     arguments = [x if x is None else x.detach().clone().requires_grad_() for x in (lambda_q, lambda_k, v.to(dtype), *rest)]
-    out = tau_attention(*arguments, impl=impl)
+    out = attended(arguments, impl)
     out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out))
     assert out.dtype is dtype and arguments[2].grad.dtype is dtype
     return [out.detach(), *(None if x is None else x.grad for x in arguments)]
@@ -65,7 +65,7 @@ LEVEL_ROWS = [
 
 def expected_of(row, arguments):
     """The reference in float64; at a tie, where any subgradient of lambda is right, that of the other implementations."""
-    impl = "tree" if row["lambdas"] in ("all equal", "half equal") and row["T"] > 1 else "naive"
+    impl = "tree" if row["lambdas"] in ("all equal", "half equal") else "naive"
     return value_and_gradients(arguments, impl, torch.float64)
 
 
@@ -116,11 +116,11 @@ def test_grid_same_bits_again(few):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
 def test_lambdas_as_far_apart_as_factors_go_and_farther(log_decay, dtype, tolerance):
     row = dict(T=130, D=16, heads=(2, 2), temperature=1 / 32, lambdas="uniform", log_decay=log_decay, key_bias=True)
-    lambda_q, lambda_k, v, _, decay, bias = untied_inputs(row)
+    lambda_q, lambda_k, v, _, decay, bias, sink = untied_inputs(row)
     lambda_q[..., 0], lambda_k[..., 0], lambda_q[..., 100], lambda_k[..., 100] = 0, 1, 0.999, 0.001
     bias = (bias * 20).clamp(-10.9, 10.9)
     temperature = torch.tensor([1 / 31, 1 / 33], device=DEVICE)
-    arguments = [lambda_q, lambda_k, v.to(dtype).float(), temperature, decay, bias]
+    arguments = [lambda_q, lambda_k, v.to(dtype).float(), temperature, decay, bias, sink]
     for name, ours, theirs in zip(NAMES, mixed(arguments, "triton", dtype), mixed(arguments, "naive", torch.float64), strict=True):
         if theirs is not None and name != "temperature":
             error, size = (ours.double() - theirs).abs().max().item(), max(theirs.abs().max().item(), one_term(row, name))
@@ -190,7 +190,7 @@ def test_values_of_half_precision(row, dtype, impl="triton"):
 
 
 def test_what_has_decayed_is_left_out_and_nothing_else():
-    lambda_q, lambda_k, v, temperature, decay, bias = table_inputs(512, 16, (1, 2), 0.05, "uniform", "token", True)
+    lambda_q, lambda_k, v, temperature, decay, bias, _ = table_inputs(512, 16, (1, 2), 0.05, "uniform", "token", True)
     temperature, decay, bias = temperature.double(), decay.double().cumsum(-1), bias.double()
     oldest, newest = reaches(lambda_q, lambda_k, temperature, decay, bias)
     assert oldest.max() > 300 and newest.min() < 200
@@ -205,7 +205,7 @@ def test_what_has_decayed_is_left_out_and_nothing_else():
 def test_operator_keeps_torchs_rules():
     q, k, v, temperature, decay, bias = on_device(inputs(T=70))
     arguments = [x.requires_grad_() for x in (q.float(), k.float(), v.float(), temperature, decay.cumsum(-1).detach(), bias)]
-    torch.library.opcheck(fast_attention, (*arguments, "triton"))
+    torch.library.opcheck(fast_attention, (*arguments, None, "triton"))
 
 
 def test_refusals():

@@ -124,8 +124,11 @@ def test_diagnostics(form):
     for layer, seen in enumerate(recorded):
         tau, E_q, E_k = taumode.tau_of(model)[layer], seen.E_q, seen.E_k
         lambda_q, lambda_k = E_q / (E_q + tau[0]), E_k / (E_k + tau[0])
-        rest = [seen.temperature, seen.log_decay, seen.key_bias] if form else [1.0]
-        p = attention_weights(lambda_q.transpose(1, 2), lambda_k.transpose(1, 2), *rest)
+        if form:  # with recall heads, whose keys stand a token later
+            torch.testing.assert_close(seen.lambda_k[:, 2:, 1:], lambda_k.transpose(1, 2)[:, 2:, :-1])
+            p = attention_weights(seen.lambda_q, seen.lambda_k, seen.temperature, seen.log_decay, seen.key_bias, seen.sink)
+        else:
+            p = attention_weights(lambda_q.transpose(1, 2), lambda_k.transpose(1, 2), 1.0)
         for head in range(4):
             assert record["lambda_q"][layer][head][1] == pytest.approx(lambda_q[..., head].quantile(0.5).item(), abs=1e-6)
             entropy = -(p[:, head] * p[:, head].clamp_min(1e-30).log()).sum(-1).mean()
