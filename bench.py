@@ -3,7 +3,7 @@ build of a Laplacian.
 
     python bench.py attention                     # against flash SDPA, 256 to 65,536 tokens; --device=cuda: on a GPU
     python bench.py train_step --nanogpt=DIR      # the 30M model, and nanoGPT's from a checkout of it
-    python bench.py decode                        # the 30M model, a token after 128 to 131,072 others
+    python bench.py decode                        # the 30M model, a token after 128 to 131,072 others; --device=cuda: batches of 1, 16
     python bench.py context --runs OUT_DIR ...    # the loss up to 8 times the trained context, by cache (runs/context.sh)
     python bench.py curves                        # 200 steps of the quick start, by every implementation
     python bench.py precision                     # the quick start with lambda in float32 and in bfloat16
@@ -39,7 +39,7 @@ def main():
         default=131072,
         help="tokens, in attention, train_step and decode; in the first 65,536 at most (default: %(default)s)",
     )
-    device = options.add_argument_group("attention, train_step")
+    device = options.add_argument_group("attention, train_step, decode")
     device.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: %(default)s)")
     step = options.add_argument_group("train_step")
     step.add_argument("--nanogpt", metavar="DIR", help="a checkout of nanoGPT to measure too")
@@ -51,8 +51,8 @@ def main():
     laplacian = options.add_argument_group("laplacian")
     laplacian.add_argument("--embeddings", metavar="FILE.npy", help="rows to repeat (default: random ones)")
     args = options.parse_args()
-    if args.device == "cuda" and args.what not in ("attention", "train_step"):
-        raise UserError("--device=cuda is for attention and train_step")
+    if args.device == "cuda" and args.what not in ("attention", "train_step", "decode"):
+        raise UserError("--device=cuda is for attention, train_step and decode")
     for name, least in (("longest", 1024), ("repeats", 1), ("steps", 1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name}={getattr(args, name)} must be at least {least}")

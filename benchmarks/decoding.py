@@ -1,5 +1,6 @@
 """Decoding a token after 1 to 131,072 others, and the loss of a trained model at positions beyond those it was trained on."""
 
+import itertools
 import sys
 import time
 
@@ -9,17 +10,18 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from benchmarks.report import HEAD_SIZE, HEADS, LAYERS, VOCABULARY, WIDTH, in_own_process, place, resident_mb, write
-from common import UserError, replacing
+from common import UserError, first_line, replacing
 from data.corpus import Corpus
 from data.laplacian import laplacian_of
-from decoding.cache import Cache, ExactCache, StreamCache
-from decoding.generate import for_decoding
+from decoding.cache import Cache, ExactCache, StreamCache, make_cache
+from decoding.generate import PIECE, for_decoding
 from model import ModelConfig, Tauformer
 from training import checkpoint
 
 SCORED = 50000  # tokens
 KINDS = ("plain", "exact", "stream", "windows")
 LONG_CONTEXTS = (2**10, 2**12, 2**14, 2**16, 2**17)
+BATCHES, BATCH_CONTEXTS = (1, 16), (2**10, 2**14, 2**16, 2**17)  # on a GPU
 
 
 def published_model(attention):
@@ -49,6 +51,8 @@ def stream_process_mb(contexts):
 def bench_decode(args):
     """One token at a time from each kind of cache in turn: after 1 to 1,024 tokens that it generated itself, as in the paper's table,
     and after long contexts. Weights are random."""
+    if args.device == "cuda":
+        return bench_decode_batches(args)
     models = {attention: published_model(attention) for attention in ("tau", "dot")}
     kinds = {
         "dot, (K, V)": ("dot", Cache),
@@ -108,15 +112,62 @@ def bench_decode(args):
     draw_decode([row for row in results if row["table"] == "long context"])
 
 
-def filled(model, cache, n):
+@torch.no_grad()
+def bench_decode_batches(args):
+    """One token at a time of each sequence of a batch, after long contexts, from each kind of cache: wall-clock time with the launches, as
+    sample.py decodes. One cache is in memory at a time; what does not fit is left out. Weights are random."""
+    device, rows = torch.device(args.device), []
+    models = {attention: published_model(attention).to(device) for attention in ("dot", "tau")}
+    kinds = {"dot, (K, V)": ("dot", "exact"), "tau, exact": ("tau", "exact"), "tau, stream": ("tau", "stream")}
+    for batch, n in itertools.product(BATCHES, [n for n in BATCH_CONTEXTS if n <= args.longest]):
+        cells = {}
+        for kind, (attention, name) in tqdm(kinds.items(), desc=f"batch {batch}, after {n:,}", disable=None):
+            try:
+                ms, cache_mb, memory_mb = decoding_of(models[attention], name, batch, n, 32 * args.repeats)
+            except (torch.OutOfMemoryError, UserError) as error:
+                print(f"{kind}, batch {batch}, after {n:,} tokens: {first_line(error)}", file=sys.stderr)
+                continue
+            p50, p95 = (float(np.percentile(ms, percent)) for percent in (50, 95))
+            cells[kind] = {"kind": kind, "batch": batch, "context": n, "p50_ms": p50, "p95_ms": p95, "tokens_per_s": 1e3 * batch / p50}
+            cells[kind] |= {"cache_mb": cache_mb, "memory_mb": memory_mb}
+        dot = cells.get("dot, (K, V)")
+        rows += [cell | {"times_as_fast_as_dot": dot["p50_ms"] / cell["p50_ms"] if dot else "-"} for cell in cells.values()]
+        write("decode_cuda", rows, args)  # as it goes: the machine may be there for minutes
+
+
+def decoding_of(model, name, batch, n, tokens):
+    """(milliseconds of each of `tokens` tokens after n others, MB of the cache called `name`, MB that it and the step take on a GPU)"""
+    device, ms = model.head.weight.device, []
+    on_gpu = device.type == "cuda"
+    before = torch.cuda.memory_allocated() if on_gpu else 0
+    cache = filled(model, make_cache(name, model.config, device, n + tokens + 8), n, batch)
+    token = torch.zeros(batch, 1, dtype=torch.long, device=device)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(8 + tokens):
+        if on_gpu:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        model(token, cache=cache)
+        if on_gpu:
+            torch.cuda.synchronize()
+        ms.append(1e3 * (time.perf_counter() - start))
+    memory_mb = (torch.cuda.max_memory_allocated() - before) / 2**20 if on_gpu else "-"
+    return ms[8:], cache.nbytes() / 1e6, memory_mb  # the first 8 are a warm-up
+
+
+def filled(model, cache, n, batch=1):
     """The cache after n tokens with random keys and values: computing real ones would take hours for dot."""
-    config, generator = model.config, torch.Generator().manual_seed(0)
-    numbers = lambda *shape: torch.randn(1, config.n_head, n, *shape, generator=generator)
-    for layer in range(config.n_layer):
-        keys = numbers(config.head_size) if config.attention == "dot" else numbers().sigmoid()
-        values = numbers(config.head_size)
-        cache.attend(layer, lambda *inputs: inputs[2])(keys, keys, values, config.temperature, None, None)
-    cache.length = n
+    config, device = model.config, model.head.weight.device
+    generator = torch.Generator(device).manual_seed(0)
+    while cache.length < n:
+        T = min(n - cache.length, PIECE if isinstance(cache, StreamCache) else n)  # tokens at a time
+        numbers = lambda *shape: torch.randn(batch, config.n_head, T, *shape, generator=generator, device=device)
+        for layer in range(config.n_layer):
+            keys = numbers(config.head_size) if config.attention == "dot" else numbers().sigmoid()
+            values = numbers(config.head_size)
+            cache.attend(layer, lambda *inputs: inputs[2])(keys, keys, values, config.temperature, None, None)
+        cache.length += T
     return cache
 
 
