@@ -5,4 +5,4 @@ python -m pip install --quiet --disable-pip-version-check pytest==9.2.0 pytest-x
 [ "$(uname)" = Darwin ] || python -c "import triton" 2> /dev/null || python -m pip install --quiet --disable-pip-version-check triton==3.9.0
 ruff check --quiet .
 ruff format --check --quiet . || { echo "style: run ruff format" >&2; exit 1; }
-OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal tests "$@"
+OMP_NUM_THREADS=1 python -m pytest -n 2 --maxschedchunk 1 tests "$@"

@@ -21,6 +21,12 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: runs on a CUDA device, and is skipped without one")
 
 
+def pytest_collection_modifyitems(items):
+    """Those of half a minute and more first, so that no process has nothing to do while another is at the last of them."""
+    long = ("test_quickstart_and_study", "test_changed_files", "test_gpu_30m", "test_tau_30m_goes_on", "test_own_text")
+    items.sort(key=lambda item: not item.name.startswith(long))
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
