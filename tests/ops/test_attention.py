@@ -161,7 +161,7 @@ def value_and_gradients(inputs, impl, dtype):
 def test_fast_equals_reference(row):
     inputs = table_inputs(**row)
     expected = value_and_gradients(inputs, "naive", torch.float64)
-    for impl, tolerance in (("walk", 1e-5), ("tree", 2e-4)):
+    for impl, tolerance in (("walk", 1e-5), ("tree", 3e-4)):
         results = value_and_gradients(inputs, impl, torch.float32)
         for name, ours, theirs in zip(
             ("out", "lambda_q", "lambda_k", "v", "temperature", "log_decay", "key_bias", "sink"), results, expected, strict=True
