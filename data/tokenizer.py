@@ -39,6 +39,8 @@ class BPE:
         self.vocab_size = max(len(tokens), end_token + 1)
         self.bytes_of = {i: token.encode("latin-1") for i, token in enumerate(tokens) if token is not None}
         ranks = {token: i for i, token in self.bytes_of.items()}
+        if b"" in ranks or len(ranks) < len(self.bytes_of) or not all(bytes([byte]) in ranks for byte in range(256)):
+            raise ValueError("its tokens must be every single byte and longer ones, each once")  # tiktoken would panic on some text
         self.bytes_of[end_token] = END_TEXT.encode()
         self.encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_TEXT: end_token})
 

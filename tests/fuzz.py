@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import random
@@ -18,8 +19,8 @@ import re
 import shutil
 import sys
 import tempfile
-import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -297,7 +298,8 @@ def contents(folder):
 
 
 def case(base, folder, number, seed=0):
-    """Run a case in `folder`, a copy of `base` that is made anew: (program, exit code, what is wrong with how it ended, or "")."""
+    """Run a case in a copy of `base` inside `folder`: (program, exit code, what is wrong with how it ended, or "")."""
+    folder = folder / f"case{os.getpid()}"
     draw = random.Random(f"{seed} {number}")
     program = draw.choice(list(PROGRAMS))
     files, command = PROGRAMS[program]
@@ -334,8 +336,8 @@ def fuzz(cases, folder, seed=0, first=0, workers=1):
     prepare(base)
     counts, failures = collections.defaultdict(collections.Counter), []
     numbers = range(first, first + cases)
-    with ThreadPoolExecutor(workers) as pool:
-        ended = pool.map(lambda number: case(base, folder / f"case{threading.get_ident()}", number, seed), numbers)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        ended = (pool.map if workers > 1 else map)(partial(case, base, folder, seed=seed), numbers)
         for number, (program, code, wrong) in zip(numbers, tqdm(ended, total=cases, unit=" cases", disable=None)):
             counts[program][str(code)] += 1
             if wrong:

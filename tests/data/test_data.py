@@ -31,6 +31,15 @@ def decoded(corpus, split):
     return list(corpus.documents(split))
 
 
+def test_a_bpe_that_cannot_encode_every_text_is_refused():
+    fields = tokenizers.BPE.train(["the graph of a domain"] * 9, 262).to_json()
+    assert tokenizers.from_json(fields).decode_bytes(tokenizers.from_json(fields).encode("the é")) == "the é".encode()
+    tokens = fields["tokens"]
+    for wrong in (tokens[1:], [*tokens[:-1], ""], [*tokens, "a"], [*tokens[:7], None, *tokens[8:]]):
+        with pytest.raises(UserError, match="broken tokenizer"):
+            tokenizers.from_json(fields | {"tokens": wrong})
+
+
 def test_python_code(tmp_path, monkeypatch):
     for name in ("a.py", "deep/b.py", "deep/empty.py", "test/c.py"):
         (tmp_path / "lib" / name).parent.mkdir(parents=True, exist_ok=True)
