@@ -21,9 +21,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import field
 from pathlib import Path
 
-# Read when torch is imported after this. Its threads otherwise wait for each other in a loop, milliseconds at a time, and on a machine
-# whose cores have other work too that made training 30 times as slow.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read when torch is imported after this. Its threads wait for each other in a loop, by default for milliseconds, which on a machine whose
+# cores have other work too makes training several times as slow; asleep at once they are slower on an idle one. This is between.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 RANK, LOCAL_RANK, WORLD, RESTARTS = (
     int(os.environ.get(name, default))  # among the processes that torchrun started, and how often --max-restarts restarted them
     for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("TORCHELASTIC_RESTART_COUNT", 0))
