@@ -98,7 +98,7 @@ def test_refusals(change):
 # The fast implementations, in float32, against the reference in float64.
 
 FACTORS = {
-    "T": [1, 2, 63, 64, 65, 500, 777, 1024, 2048],
+    "T": [1, 2, 63, 64, 65, 500, 777, 1024, 4096],
     "D": [16, 32, 64, 80],
     "heads": [(1, 1), (1, 2), (1, 6)],  # keys, queries
     "temperature": [1e-3, 0.05, 1.0, 10.0],
@@ -161,7 +161,7 @@ def value_and_gradients(inputs, impl, dtype):
 def test_fast_equals_reference(row):
     inputs = table_inputs(**row)
     expected = value_and_gradients(inputs, "naive", torch.float64)
-    for impl, tolerance in (("walk", 1e-5), ("tree", 3e-4)):
+    for impl, tolerance in (("walk", 1e-5), ("tree", 2e-4)):
         results = value_and_gradients(inputs, impl, torch.float32)
         for name, ours, theirs in zip(
             ("out", "lambda_q", "lambda_k", "v", "temperature", "log_decay", "key_bias", "sink"), results, expected, strict=True
@@ -169,9 +169,9 @@ def test_fast_equals_reference(row):
             if theirs is None or row["lambdas"] in ("all equal", "half equal") and name in ("lambda_q", "lambda_k", "temperature"):
                 continue  # at a tie any subgradient is right
             assert ours.isfinite().all(), (impl, name)
-            least = {"lambda_q": 1e-2 / row["temperature"], "lambda_k": 1e-2 / row["temperature"], "log_decay": 0.1}.get(
-                name, 1e-3
-            )  # where terms cancel
+            least = 1e-2 / row["temperature"] if name.startswith("lambda") else 1e-3  # where the gradient is 0
+            if name == "log_decay" and row["key_bias"]:
+                least = 1e-2  # with a sink it is a difference of two terms, which may cancel
             bound = (1e-3 if name == "temperature" else tolerance) * max(theirs.abs().max().item(), least)
             assert (ours - theirs).abs().max().item() <= bound, (impl, name)
 
