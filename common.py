@@ -22,7 +22,7 @@ from dataclasses import field
 from pathlib import Path
 
 # Read when torch is imported after this. Its threads wait for each other in a loop, by default for milliseconds, which on a machine whose
-# cores have other work too makes training several times as slow; asleep at once they are slower on an idle one. This is between.
+# cores have other work too takes the time of the thread that is waited for; asleep at once they lose time on an idle one. This is between.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 RANK, LOCAL_RANK, WORLD, RESTARTS = (
