@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from common import UserError
 from model_config import ModelConfig, ModelSettings  # noqa: F401 (callers take them from here, beside Tauformer)
-from ops.attention import tau_attention
+from ops.attention import recurrence, tau_attention
 from ops.dot import DOT_SCALE, dot_attention, window_attention
 from ops.fused import ENERGY_EPS, NORM_EPS, ChunkedLoss, Energy, RMSNorm, SquaredReluMLP, by_head, rayleigh_quotient
 
@@ -126,18 +126,6 @@ def spectral_roots(L):
     eigenvalues, U = torch.linalg.eigh(L.double())
     eigenvalues[:, 0] = 0  # that of the constant vector, which rounding leaves slightly off zero
     return (U * eigenvalues.clamp_min(0).sqrt()[:, None]).float()
-
-
-def recurrence(a, b, first):
-    """y of y_t = a_t y_(t-1) + b_t along dim 1 of a and b (B, T, ...), in log2(T) steps; y before the first token is `first`, (B, 1, ...)
-    or 0."""
-    b = torch.cat([b[:, :1] + a[:, :1] * first, b[:, 1:]], 1)
-    step = 1
-    while step < b.size(1):
-        b = torch.cat([b[:, :step], b[:, step:] + a[:, step:] * b[:, :-step]], 1)
-        a = torch.cat([a[:, :step], a[:, step:] * a[:, :-step]], 1)
-        step *= 2
-    return b
 
 
 class Seen(NamedTuple):

@@ -37,6 +37,7 @@ from ops.attention_triton import (
     rows,
     strides,
     width,
+    with_sink,
 )
 
 
@@ -240,15 +241,9 @@ def grid_kernel(receiver_x, receiver_w, receiver_bin, source_x, source_w, source
         tl.store(grad_weight + head * T + r, tl.sum(total * value, 1) + (one_plus + one_minus) * unit, mask=r < T)
         tl.store(moment + head * T + r, -x * db * sharpness, mask=r < T)
     else:
-        if sink is not None:
-            log_sink = tl.load(sink + h).to(scale.dtype)
-            higher = tl.maximum(scale, log_sink)
-            kept = tl.exp(scale - higher)
-            plus, minus, one_plus, one_minus = plus * kept[:, None], minus * kept[:, None], one_plus * kept, one_minus * kept
-            scale = higher
         Z = one_plus + one_minus
         if sink is not None:
-            Z += tl.exp(log_sink - scale)
+            plus, minus, one_plus, one_minus, scale, Z = with_sink(plus, minus, one_plus, one_minus, scale, tl.load(sink + h))
         total = (plus + minus) / Z[:, None]
         rounded = total.to(out.dtype.element_ty)
         tl.store(place, rounded, mask=inside)

@@ -300,6 +300,16 @@ def add(plus, minus, one_plus, one_minus, P_plus, P_minus, row, one, BACKWARD: t
     return plus, minus, one_plus + tl.sum(P_plus, 1), one_minus + tl.sum(P_minus, 1)
 
 
+@triton.jit
+def with_sink(plus, minus, one_plus, one_minus, scale, sink):
+    """The sums and their scale, rescaled to make room for the sink, a log weight; and Z, the sum of all weights with it."""
+    sink = sink.to(scale.dtype)
+    higher = tl.maximum(scale, sink)
+    kept = tl.exp(scale - higher)
+    plus, minus, one_plus, one_minus = plus * kept[:, None], minus * kept[:, None], one_plus * kept, one_minus * kept
+    return plus, minus, one_plus, one_minus, higher, one_plus + one_minus + tl.exp(sink - higher)
+
+
 def sums_kernel(
     receiver_x,
     source,
@@ -525,15 +535,9 @@ def sums_kernel(
         tl.store(grad_weight + head * T + r, tl.sum(total * value, 1) + (one_plus + one_minus) * unit, mask=r < T)
         tl.store(moment + head * T + r, (p - x) * db * sharpness, mask=r < T)
     else:
-        if sink is not None:
-            log_sink = tl.load(sink + h).to(scale.dtype)
-            higher = tl.maximum(scale, log_sink)
-            kept = tl.exp(scale - higher)
-            plus, minus, one_plus, one_minus = plus * kept[:, None], minus * kept[:, None], one_plus * kept, one_minus * kept
-            scale = higher
         Z = one_plus + one_minus
         if sink is not None:
-            Z += tl.exp(log_sink - scale)
+            plus, minus, one_plus, one_minus, scale, Z = with_sink(plus, minus, one_plus, one_minus, scale, tl.load(sink + h))
         total = (plus + minus) / Z[:, None]
         rounded = total.to(out.dtype.element_ty)
         tl.store(place, rounded, mask=inside)
