@@ -1,3 +1,4 @@
+import fcntl
 import json
 import multiprocessing
 import os
@@ -131,11 +132,18 @@ def prepare(folder):
 
 @pytest.fixture(scope="session")
 def work(tmp_path_factory):
-    """A folder as a user has it after the first steps: what prepare() makes, and out/small, the run of it. Tests write
-    only to folders of their own."""
-    work = tmp_path_factory.mktemp("work")
-    prepare(work)
-    ok("train.py", "small.toml", cwd=work)
+    """A folder as a user has it after the first steps: what prepare() makes, and out/small, the run of it; one for all processes of
+    pytest-xdist. Tests write only to folders of their own."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    work = shared / "work"
+    with open(shared / "work.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not work.exists():
+            work.mkdir()
+            prepare(work)
+            ok("train.py", "small.toml", cwd=work)
     return work
 
 
