@@ -17,19 +17,24 @@ DIGITS = 64  # of the hash
 
 def save(path, tensors, header):
     """Write tensors {name: tensor}, a header {name: dict that JSON can hold}, and the hash of both, whole or not at all."""
-    from safetensors import SafetensorError  # here, because it brings torch, which most readers of a corpus do without
-    from safetensors.torch import save_file
-
     with replacing(path) as temporary:
-        try:
-            save_file(tensors, temporary, {key: json.dumps(value) for key, value in header.items()} | {"sha256": "0" * DIGITS})
-        except SafetensorError as error:  # its form of the system's error
-            number = re.search(r"os error (\d+)", str(error))
-            raise OSError(int(number[1]) if number else errno.EIO, f"{path} could not be written: {error}") from None
+        save_tensors(temporary, tensors, {key: json.dumps(value) for key, value in header.items()} | {"sha256": "0" * DIGITS}, path)
         with open(temporary, "r+b") as file:
             at, digest = hashed(file)
             file.seek(at)
             file.write(digest)
+
+
+def save_tensors(path, tensors, metadata, shown=None):
+    """Write tensors {name: tensor} and {name: text} to a file. shown: the path that an error names. Raises OSError."""
+    from safetensors import SafetensorError  # here, because it brings torch, which most readers of a corpus do without
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:  # its form of the system's error
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, f"{shown or path} could not be written: {error}") from None
 
 
 def hashed(file):

@@ -127,6 +127,8 @@ def from_json(fields):
     try:
         if fields["kind"] == "char":
             return Characters(fields["tokens"], fields["end_token"])
+        if fields["kind"] != "bpe":
+            raise ValueError(f"its kind is {fields['kind']!r}")
         if not 0 <= fields["end_token"] < 2**24:
             raise ValueError(f"its end token is {fields['end_token']}")
         return BPE(fields["pattern"], fields["tokens"], fields["end_token"])

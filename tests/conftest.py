@@ -35,7 +35,7 @@ def pytest_runtest_setup(item):
 
 # Scripts run as a user runs them, a process each, but forked from one that has imported their packages: that takes 2 s.
 WARM = multiprocessing.get_context("forkserver")
-WARM.set_forkserver_preload(["conftest", "train", "sample", "plot", "data.embed", "studies.energy"])
+WARM.set_forkserver_preload(["conftest", "train", "sample", "plot", "export", "data.embed", "studies.energy"])
 
 
 def as_main(script, args, cwd, out, err):

@@ -8,10 +8,10 @@ from conftest import ROOT
 FLOORS = [  # from the ground up; those on one floor may know one another
     {"common"},
     {"model_config"},
-    {"ops", "data"},
+    {"ops", "data", "hub"},
     {"model"},
     {"training", "decoding"},
-    {"train", "sample", "plot", "build_laplacian"},
+    {"train", "sample", "plot", "build_laplacian", "export"},
     {"studies", "benchmarks"},
     {"bench"},
 ]
