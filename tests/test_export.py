@@ -22,6 +22,7 @@ from data.tokenizer import BPE, Characters
 from decoding.generate import for_decoding
 from model import ModelConfig, Tauformer
 from sample import generate_many
+from studies import ends
 from training import checkpoint
 from training.config import Settings
 
@@ -252,10 +253,7 @@ def test_other_vocabularies(transformers):
 
 def test_the_harness(transformers, work, tmp_path, monkeypatch):
     """lm_eval on an exported run: its loss of a held-out file is that of sample.py --score."""
-    lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install -r requirements-export.txt")
-    from lm_eval.tasks import TaskManager
-
-    (tmp_path / "docs").symlink_to(work / "docs")
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install -r requirements-export.txt")
     monkeypatch.chdir(tmp_path)
     copied = tmp_path / "corpus"
     copied.mkdir()
@@ -263,20 +261,14 @@ def test_the_harness(transformers, work, tmp_path, monkeypatch):
         (copied / path.name).symlink_to(path)
     said = ok("data/ends.py", "corpus", "--documents=40", "--length=20", cwd=tmp_path)
     ok("export.py", work / "out/small", "--to=exported", cwd=tmp_path)
-    results = lm_eval.simple_evaluate(
-        model="hf",
-        model_args="pretrained=exported,trust_remote_code=True",
-        tasks=["ends", "held_out"],
-        task_manager=TaskManager(include_path=str(copied), include_defaults=False),
-        batch_size=16,
-        device="cpu",
-        bootstrap_iters=0,
-    )["results"]
+    found = ends.measured("exported", copied)
     scored = ok("sample.py", work / "out/small", "--score=corpus/held_out.txt", cwd=tmp_path)
-    assert results["held_out"]["bits_per_byte,none"] == pytest.approx(float(scored.split("bits per byte ")[1].split(",")[0]), abs=1e-3)
+    assert found["held_out_bits_per_byte"] == pytest.approx(float(scored.split("bits per byte ")[1].split(",")[0]), abs=1e-3)
     lines = [json.loads(line) for line in (copied / "ends.jsonl").read_text().splitlines()]
-    assert results["ends"]["sample_len"] == len(lines) and f"{len(lines)} questions" in said
-    assert 0 <= results["ends"]["acc,none"] <= 1
+    assert found["questions"] == len(lines) > 30 and f"{len(lines)} questions" in said
+    assert 0 <= found["accuracy"] <= 1
+    shown = ends.table([{"run": f"out/docs/tau/{seed}", "seed": seed} | found | {"accuracy": seed / 4} for seed in (2, 1)])
+    assert f"| tau | 0.375 | 0.250, 0.500 | {len(lines)} |" in shown and "| chance | 0.250 |" in shown
 
 
 def test_questions():
@@ -366,13 +358,22 @@ def test_without_the_library(monkeypatch):
 
 
 def test_mistakes_of_ends(work, tmp_path):
-    for args, expected in (
-        (("absent",), "no corpus in absent"),
-        ((work / "docs", "--documents=3"), "--documents=3 must be at least 4"),
-        ((work / "docs", "--length=10"), "--length=10 must be at least 20"),
-        ((work / "docs", "--lenght=80"), "did you mean --length?"),
+    (tmp_path / "r.jsonl").write_text("{}\n")
+    for script, args, expected in (
+        ("data", ("absent",), "no corpus in absent"),
+        ("data", (work / "docs", "--documents=3"), "--documents=3 must be at least 4"),
+        ("data", (work / "docs", "--length=10"), "--length=10 must be at least 20"),
+        ("data", (work / "docs", "--lenght=80"), "did you mean --length?"),
+        ("studies", (work / "out/small", "--tasks=x", "--runs=r.jsonl"), "--results is missing"),
+        (
+            "studies",
+            (work / "out/small", "--tasks=x", "--runs=r.jsonl", "--results=x"),
+            "no ends.yaml in x: make it by `python data/ends.py",
+        ),
+        ("studies", ("r.jsonl", "--tasks=x"), "--tasks is for a run to measure"),
+        ("studies", ("r.jsonl",), "r.jsonl, line 1 has no 'run'"),
     ):
-        line = fails("data/ends.py", *args, cwd=tmp_path)
+        line = fails(f"{script}/ends.py", *args, cwd=tmp_path)
         assert expected in line, line
     assert not [path.name for path in (work / "docs").iterdir() if path.suffix in (".yaml", ".txt")]
     assert run_script("data/ends.py", "--help", cwd=tmp_path).returncode == 0
