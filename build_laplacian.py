@@ -309,6 +309,8 @@ def main():
     if args.inspect:
         if args.embeddings:
             raise UserError(f"--inspect={args.inspect} builds nothing: leave {args.embeddings} out")
+        recipe = "column center graph dim seed k topk eps p sigma".split()
+        parser.refuse_given(args, recipe, f"is for building, and --inspect={args.inspect} builds nothing: leave it out")
         out = args.out or args.inspect.with_suffix(".png")
         from plot import drawn_here  # here, because it brings matplotlib
 

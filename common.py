@@ -427,8 +427,9 @@ def append_line(path, record):
 
 def read_lines(path, half=False, /, **fields):
     """[(line, object)] of a JSON Lines file; an unterminated last line, which a killed writer leaves, is left out. fields: names
-    and types of the fields of each object; numbers are finite, and what may be None may lack. half: a last line that is no JSON is left
-    out too, and such a line is named on standard error. Raises UserError for a line that is not such an object."""
+    and types of the fields of each object; numbers are finite, whole ones fit in 64 bits, and what may be None may lack. half: a last
+    line that is no JSON is left out too, and such a line is named on standard error. Raises UserError for a line that is not such an
+    object."""
     records, lines = [], read_text(path, "replace").splitlines(keepends=True)
     if half := half and lines and not is_json(lines[-1]):
         lines.pop()
@@ -438,7 +439,7 @@ def read_lines(path, half=False, /, **fields):
                 record = json.loads(line)
                 for field, kind in fields.items():
                     value = record.get(field) if isinstance(None, kind) else record[field]
-                    if not isinstance(value, kind) or isinstance(value, bool) or isinstance(value, NUMBER) and not math.isfinite(value):
+                    if not isinstance(value, kind) or isinstance(value, bool) or isinstance(value, NUMBER) and not fits(value):
                         raise TypeError(f"{field} is {value!r}")
                 records.append((line, record))
             except KeyError as error:
@@ -448,6 +449,10 @@ def read_lines(path, half=False, /, **fields):
     if half and records:
         print(f"{Path(sys.argv[0]).name}: warning: {path}, line {number + 1} is half written: passed over", file=sys.stderr)
     return records
+
+
+def fits(number):
+    return -(2**63) <= number < 2**63 if isinstance(number, int) else math.isfinite(number)
 
 
 def is_json(line):

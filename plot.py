@@ -80,7 +80,7 @@ def read_diagnostics(folder):
         return tokens, lambdas
     except UserError:
         raise
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error})") from None
 
 

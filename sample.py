@@ -298,8 +298,8 @@ def arguments():
     options.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: %(default)s)")
     args = parser.parse_args()
     check_ranges({name: getattr(args, name) for name in RANGES}, "--")
-    sources = ("prompt", "prompt_file", "prompts", "interactive", "score")
-    if len(given := [f"--{name}" for name in sources if getattr(args, name) not in (None, False)]) > 1:
+    texts = ("prompt", "prompt_file", "prompts", "interactive", "score")
+    if len(given := [f"--{name}" for name in texts if getattr(args, name) not in (None, False)]) > 1:
         raise UserError(f"give {' or '.join(given)}, not both")
     if args.session and (args.cache != "stream" or args.num_samples > 1 or args.prompts or args.interactive or args.score):
         raise UserError("--session goes with --cache=stream, one prompt and one sample")

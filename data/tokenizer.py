@@ -20,6 +20,8 @@ RUN = 10_000
 LONG_RUN = re.compile(rf"[^\S\r\n]{{{RUN + 1},}}")
 END_TEXT = "<|endoftext|>"  # how the end token is shown; in a text to encode these characters are plain text
 
+PROBE = "It's 1,234 caf\u00e9s\t\u4e2d\u6587 \U0001f600!\r\n\n  _x\0 e\u0301 "  # characters of every class
+
 
 def parts(text):
     """The text, cut inside runs of more than RUN blanks: the patterns of BPE overflow their stack on some 100,000."""
@@ -41,6 +43,10 @@ class BPE:
         ranks = {token: i for i, token in self.bytes_of.items()}
         if b"" in ranks or len(ranks) < len(self.bytes_of) or not all(bytes([byte]) in ranks for byte in range(256)):
             raise ValueError("its tokens must be every single byte and longer ones, each once")  # tiktoken would panic on some text
+        bytewise = {bytes([byte]): byte for byte in range(256)} | {b"": 256}
+        pieces = tiktoken.Encoding("pieces", pat_str=pattern, mergeable_ranks=bytewise, special_tokens={})
+        if any(pieces.encode_ordinary(text) != list(text.encode()) for text in ("", PROBE)):
+            raise ValueError("its pattern finds empty pieces, or leaves text out")  # tiktoken would panic, or lose it
         self.bytes_of[end_token] = END_TEXT.encode()
         self.encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_TEXT: end_token})
 

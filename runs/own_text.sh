@@ -36,12 +36,14 @@ choose "${paths[@]}" ${sized[@]+"${sized[@]}"} ${preparing[@]+"${preparing[@]}"}
 made $data/meta.json "${paths[@]}" -- show python data/text/prepare.py "${paths[@]}" --out_dir=$data \
     ${vocab_size:+--vocab_size=$vocab_size} ${val_fraction:+--val_fraction=$val_fraction} ${preparing[@]+"${preparing[@]}"}
 choose --data_dir=$data ${settings[@]+"${settings[@]}"}
-graph=(--graph=$graph --dim=$features)
-if [ ${graph[0]} = --graph=domain ]; then
-    made $data/embeddings.npy $data/meta.json -- show python data/embed.py $data --dim=$features --documents=20000
-    graph=($data/embeddings.npy)
+if [[ " ${settings[*]-}" != *" --laplacian="* ]]; then
+    graph=(--graph=$graph --dim=$features)
+    if [ ${graph[0]} = --graph=domain ]; then
+        made $data/embeddings.npy $data/meta.json -- show python data/embed.py $data --dim=$features --documents=20000
+        graph=($data/embeddings.npy)
+    fi
+    made $data/laplacian.parquet $data/meta.json -- show python build_laplacian.py "${graph[@]}" --out=$data/laplacian.parquet
 fi
-made $data/laplacian.parquet $data/meta.json -- show python build_laplacian.py "${graph[@]}" --out=$data/laplacian.parquet
 show python train.py configs/own_text.toml --init_from=auto --data_dir=$data --out_dir=$out --n_layer=$n_layer --n_embd=$n_embd \
     --n_head=$n_head --local_heads=$local_heads --block_size=$block_size --batch_size=$batch_size --max_steps=$max_steps \
     --warmup_steps=$warmup_steps --lr_decay_steps=$lr_decay_steps --eval_interval=$eval_interval ${settings[@]+"${settings[@]}"}

@@ -23,6 +23,7 @@ def test_figures(work, tmp_path, args, panels):
         (["{tmp}/torn"], "line 1 is damaged"),
         (["{tmp}/few"], "damaged"),
         (["{tmp}/word"], "line 1 is damaged (TypeError: elapsed_s is 'x')"),
+        (["{tmp}/huge"], "line 1 is damaged (TypeError: tokens is 1000000000000000000000000000000)"),
         (["{tmp}/none"], "no validation loss"),
         (["absent.parquet", "--out={tmp}/f.png"], "absent.parquet does not exist"),
     ],
@@ -34,6 +35,7 @@ def test_mistakes(work, tmp_path, args, expected):
         ("few", '{"split": "val"}'),
         ("none", ""),
         ("word", '{"split": "val", "tokens": 1, "loss": 1.0, "elapsed_s": "x"}\n'),
+        ("huge", f'{{"split": "val", "tokens": {10**30}, "loss": 1.0}}\n'),
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text(content)

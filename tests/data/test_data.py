@@ -35,9 +35,11 @@ def test_a_bpe_that_cannot_encode_every_text_is_refused():
     fields = tokenizers.BPE.train(["the graph of a domain"] * 9, 262).to_json()
     assert tokenizers.from_json(fields).decode_bytes(tokenizers.from_json(fields).encode("the é")) == "the é".encode()
     tokens = fields["tokens"]
-    for wrong in (tokens[1:], [*tokens[:-1], ""], [*tokens, "a"], [*tokens[:7], None, *tokens[8:]]):
+    wrong = [{"tokens": wrong} for wrong in (tokens[1:], [*tokens[:-1], ""], [*tokens, "a"], [*tokens[:7], None, *tokens[8:]])]
+    wrong += [{"pattern": wrong} for wrong in ("", "x", r"\s+|\p{L}+", fields["pattern"] + "*", "(?=a)|.+", "(")]
+    for some in wrong:
         with pytest.raises(UserError, match="broken tokenizer"):
-            tokenizers.from_json(fields | {"tokens": wrong})
+            tokenizers.from_json(fields | some)
 
 
 def test_python_code(tmp_path, monkeypatch):

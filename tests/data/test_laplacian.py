@@ -412,6 +412,7 @@ def nan_embeddings(path):
         (["--inspect=chain.parquet", "--out=nowhere/l.png"], "nowhere"),
         (["--inspect=absent.parquet"], "absent.parquet does not exist"),
         (["e.npy", "--inspect=l.parquet"], "leave e.npy out"),
+        (["--inspect=l.parquet", "--sigma=1"], "--sigma is for building"),
         (["--inspect=l.parquet", "--out=l.pdf"], ".png"),
         (["--inspect=chain.parquet", "--n_head=5"], "--n_head=5"),
         (["--inspect=theirs.parquet", "--out=theirs.png"], "--overwrite"),

@@ -134,8 +134,10 @@ def test_own_text(tmp_path):
     assert "features=16 " not in out and "max_steps=2 " in out and " --vocab_size=320 --val_fraction=0.2\n" in out
     assert (copy / "out/my_mine/figure.png").exists() and metrics(copy / "out/my_mine")[-1]["step"] == 2
     assert "$ python sample.py out/my_mine " in out and out.endswith("more: python sample.py out/my_mine --prompt=TEXT\n")
-    status, out, said = own_text("-", "--dry_run", stdin="".join(f"A paragraph, number {i}.\n\n" for i in range(900)), NAME="piped")
+    piped = "".join(f"A paragraph, number {i}.\n\n" for i in range(900))
+    status, out, said = own_text("-", "--dry_run", "--laplacian=data/my_mine/laplacian.parquet", stdin=piped, NAME="piped")
     assert status == 0 and "data/my_piped/piped_0 --out_dir=data/my_piped" in out and "parameters " in out, said
+    assert "build_laplacian.py" not in out
     assert not (copy / "out/my_piped").exists()
     status, out, said = own_text("--help")
     assert status == 0 and "OWNER/NAME of a data set" in out and "--text_key NAME" in out and "--max_steps INT" in out
