@@ -22,7 +22,7 @@ CODE = ROOT / "hub" / "modeling_tauformer.py"
 CLASSES = {"AutoConfig": "modeling_tauformer.TauformerConfig", "AutoModelForCausalLM": "modeling_tauformer.TauformerForCausalLM"}
 SIZES = ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "dropout", "attention")  # settings that are no switches
 PAD_TEXT = "<|pad|>"  # of a vocabulary without an end token; its number is past those of the model
-DIFFICULT = "I'll WE'VE don't \u017f's  \n\n\t x = 1234567;  naïve 東京 \U0001f469\u200d\U0001f680 a\u0301 <|endoftext|>\r\n \u00a0\u2028end  "
+DIFFICULT = "I'll WE'VE don't \u017f's  \n\n\t x = 1234567;  é 東京 \U0001f469\u200d\U0001f680 a\u0301 <|endoftext|>\r\n \u00a0\u2028end  "
 
 
 def byte_characters():
@@ -50,8 +50,8 @@ def library_tokenizer(tokenizer):
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     if tokenizer.kind == "char":
-        vocabulary = dict(tokenizer.id_of)
-        vocabulary[PAD_TEXT if tokenizer.end_token is None else tokenizers.END_TEXT] = len(tokenizer.tokens)
+        more = {PAD_TEXT: len(tokenizer.tokens)} if tokenizer.end_token is None else {tokenizers.END_TEXT: tokenizer.end_token}
+        vocabulary = tokenizer.id_of | more
         library = Tokenizer(models.WordLevel(vocabulary, unk_token=""))  # a character that it lacks is an error, as it is here
         library.pre_tokenizer, library.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
     else:
@@ -212,24 +212,27 @@ def model_card(name, model, tokenizer, header, path):
 
 def check_folder(to, overwrite):
     """Raise UserError unless export() may write the folder `to`."""
-    if to.exists() and not to.is_dir():
-        raise UserError(f"--to={to} is a file: give the name of a folder")
     if to.is_dir() and any(to.iterdir()) and not overwrite:
         raise UserError(f"--to={to} is not empty: give another folder, or --overwrite to replace the files in it that have the same names")
+    there = next(path for path in (to.resolve(), *to.resolve().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"--to={to} cannot be written: {there} is a file: give another folder")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"--to={to} cannot be written: {there} may not be written to (permission denied): give another folder")
 
 
 @contextmanager
 def new_folder(to):
-    """Yield a temporary folder beside `to`. When the block ends well it becomes `to`, or, where that holds files already, its files replace
-    those of the same names; otherwise it is removed."""
+    """Yield a temporary folder. When the block ends well it becomes `to`, or, if that exists, its files go there, over those of the same
+    names; otherwise it is removed."""
     place = to.resolve()
-    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    temporary.mkdir()
+    existed, name = place.is_dir(), f".{place.name}.{os.getpid()}.tmp"
+    temporary = place / name if existed else place.with_name(name)
+    temporary.mkdir(parents=True)
     try:
         yield temporary
-        if place.is_dir() and any(place.iterdir()):
-            for path in temporary.iterdir():
+        if existed:
+            for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):  # last, since it is read first
                 path.replace(place / path.name)
         else:
             temporary.replace(place)

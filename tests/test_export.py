@@ -328,7 +328,6 @@ def test_mistakes(work, tmp_path):
     before = sorted(path.name for path in tmp_path.iterdir())
     late = (  # answered when all is ready to be written, for which the library is needed
         (("pattern.safetensors", "--to=new"), "the run's tokenizer cannot be written in the format of the library tokenizers"),
-        (("run", "--to=file/new"), "file"),
         (("run", "--to=/proc/new"), "/proc/new"),
         (("run", f"--to={'n' * 300}"), "too long"),
     )
@@ -344,7 +343,8 @@ def test_mistakes(work, tmp_path):
         (("kind.safetensors", "--to=new"), "broken tokenizer description"),
         (("switch.safetensors", "--to=new"), "no_such_switch"),
         (("state.safetensors", "--to=new"), "state.safetensors is damaged: the step of its run is 'x'"),
-        (("run", "--to=file"), "--to=file is a file"),
+        (("run", "--to=file"), "/file is a file: give another folder"),
+        (("run", "--to=file/new"), "/file is a file: give another folder"),
         (("run", "--to=full"), "--to=full is not empty"),
         (("run", "--to=."), "--to=. is not empty"),
         (("run", "--to="), "--to="),
@@ -359,6 +359,14 @@ def test_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(UserError, match="tokenizers is not installed: pip install -r .*requirements-export.txt"):
         export.tokenizer_files(Characters.train(["abc"]), 8)
+
+
+def test_without_permission(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    for to in (tmp_path, tmp_path / "new", tmp_path / "a/b"):
+        with pytest.raises(UserError, match=rf"--to={to} cannot be written: {tmp_path} may not be written to \(permission denied\)"):
+            export.export(tmp_path / "absent", to)
+    assert not list(tmp_path.iterdir())
 
 
 def test_mistakes_of_ends(work, tmp_path):
