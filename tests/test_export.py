@@ -43,11 +43,13 @@ MORE = [ALL | dict(n_kv_head=2, forget="slope"), DOT_BEST, dict(tau_mode="learne
 
 @pytest.fixture(scope="module")
 def transformers(tmp_path_factory):
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path_factory.mktemp("hf"))}  # its own copies of the code it loads
-    library = pytest.importorskip("transformers", reason="transformers is not installed: pip install -r requirements-export.txt")
-    library.logging.set_verbosity_error()
-    library.logging.disable_progress_bar()
-    return library
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf")))  # for its copies of the code that it loads
+        library = pytest.importorskip("transformers", reason="transformers is not installed: pip install -r requirements-export.txt")
+        library.logging.set_verbosity_error()
+        library.logging.disable_progress_bar()
+        yield library
 
 
 def trained(form, tokenizer, block_size=64):
