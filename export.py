@@ -163,8 +163,7 @@ The model's settings are in `config.json`. Those of the training that are not `t
   may repeat the text that it was trained on. Nothing was done about what is harmful in that text.
 - It was trained at a context of {block_size:,} tokens. Positions run on beyond that, but it has not learned to use them.
 - This code computes every pair of tokens, in O(T^2) time and memory; Tauformer's own operators take O(T log T).
-- `generate()` does not stop at the end of a document: `eos_token_id=tokenizer.eos_token_id` asks for that. The sampling's temperature is an
-  argument of `generate()`; the one in `config.json` is that of the attention.
+- The temperature of sampling is an argument of `generate()`; the one in `config.json` is that of the attention.
 - {tokens}
 - No licence is stated here: that of the text decides.
 """
@@ -195,7 +194,10 @@ def model_card(name, model, tokenizer, header, path):
         "checkpoint": f"`{path.name}`, sha256 `{header['sha256']}`",
         "written by": f"`export.py`, commit {commit() or 'unknown'}",
     }
-    end = f"`{tokenizers.END_TEXT}` in a text is plain text; the token is `tokenizer.eos_token_id`, and begins a document too."
+    end = (
+        "`generate()` does not stop at the end of a document: `eos_token_id=tokenizer.eos_token_id` asks for that. "
+        f"`{tokenizers.END_TEXT}` in a text to read is plain text."
+    )
     if tokenizer.end_token is None:
         end = f"The vocabulary has no token for the end of a text; `{PAD_TEXT}` is for padding only, and is not the model's."
     return CARD.format(
