@@ -278,7 +278,10 @@ class StreamCache(Cache):
                 dtype = finest(device) if name == "scale" else x.dtype
                 getattr(cache, kind)[int(layer), name] = x.to(device, dtype)
             if cache.length:  # what recent() keeps is no longer than this
-                size = cache.kept[0, "state"].size(0), min(cache.length, max(config.conv, config.local_window))
+                state = cache.kept[0, "state"]
+                if not state.numel():
+                    raise ValueError("its state is empty")
+                size = state.size(0), min(cache.length, max(config.conv, config.local_window))
                 with torch.no_grad():
                     model(torch.zeros(size, dtype=torch.long, device=device), cache=alike)
             shapes = [{key: (x.shape, x.dtype) for key, x in (other.kept | other.last).items()} for other in (cache, alike)]

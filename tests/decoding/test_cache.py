@@ -193,6 +193,11 @@ def test_a_stream_of_another_model_is_refused(tmp_path):
         checkpoint_file.save(tmp_path / "wrong", tensors, {"session": header["session"] | session})
         with pytest.raises(UserError, match="damaged"):
             StreamCache.load(tmp_path / "wrong", model, "hash")
+    state = tensors["kept.0.state"]
+    for wrong in (state[:0], torch.zeros(10**12, 0), state[0, 0, 0, 0], state[:, :-1], state.double()):
+        checkpoint_file.save(tmp_path / "wrong", tensors | {"kept.0.state": wrong.clone()}, {"session": header["session"]})
+        with pytest.raises(UserError, match="damaged"):
+            StreamCache.load(tmp_path / "wrong", model, "hash")
     with pytest.raises(UserError, match="another model"):
         StreamCache.load(tmp_path / "s", model, "of other weights")
     (tmp_path / "s").write_bytes((tmp_path / "s").read_bytes()[:-1] + b"x")
