@@ -413,17 +413,20 @@ def compiled(source, namespace):
         with open(folder / "ours.lock", "w") as ours:  # one process compiles; if it is killed, the system frees this lock,
             fcntl.flock(ours, fcntl.LOCK_EX)  # but not torch's own lock file, for which later processes would wait forever
             (folder / "lock").unlink(missing_ok=True)
-            compiler = os.environ.get("CXX", "c++").split()
-            if compiler and shutil.which(compiler[0]) and not (folder / f"{name}.so").exists() and os.environ.get("RANK", "0") == "0":
-                print(f"compiling {source.name} for this machine, once: about half a minute ...", file=sys.stderr)
-            load(
-                name,
-                [str(source)],
-                extra_cflags=["-O3", "-march=native", "-std=c++20", *threads],
-                extra_ldflags=threads,
-                build_directory=str(folder),
-                is_python_module=False,
-            )
+            try:
+                torch.ops.load_library(folder / f"{name}.so")  # as it is, where ninja would compile it again for another checkout
+            except OSError:  # there is none, or not the whole of it
+                compiler = os.environ.get("CXX", "c++").split()
+                if compiler and shutil.which(compiler[0]) and os.environ.get("RANK", "0") == "0":
+                    print(f"compiling {source.name} for this machine, once: about half a minute ...", file=sys.stderr)
+                load(
+                    name,
+                    [str(source)],
+                    extra_cflags=["-O3", "-march=native", "-std=c++20", *threads],
+                    extra_ldflags=threads,
+                    build_directory=str(folder),
+                    is_python_module=False,
+                )
     except Exception as error:  # torch's says the whole command first
         compiler = os.environ.get("CXX", "c++")
         if not shutil.which((compiler.split() or [""])[0]):
