@@ -294,7 +294,7 @@ def main():
     group.add_argument("--text", help="up to as many tokens as the model's context")
     group.add_argument("--text_file", metavar="FILE", help="file that holds it; - for standard input")
     group = options.add_argument_group("the page")
-    group.add_argument("--out", type=Path, metavar="FILE.html", help="(default: view.html in OUT_DIR)")
+    group.add_argument("--out", type=Path, metavar="FILE.html", help="(default: view.html in OUT_DIR, or beside the checkpoint)")
     group.add_argument("--data_dir", metavar="DIR", help="corpus whose words the graph's features stand for (default: the run's)")
     group.add_argument(
         "--overwrite", action="store_true", help="replace a file that is there already; a page of view.py's, without --out, always is"
@@ -304,15 +304,15 @@ def main():
         raise UserError('no text is given: give --text="..." or --text_file=FILE')
     if args.text is not None and args.text_file is not None:
         raise UserError("give --text or --text_file, not both")
+    text = read_text(args.text_file) if args.text is None else args.text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    if not text:
+        raise UserError("--text= is an empty text" if args.text_file is None else f"{args.text_file} holds no text")
     path = checkpoint_file.find(args.out_dir)
     out = args.out or path.parent / "view.html"
     mine = args.out is None and out.is_file() and GENERATOR in out.read_bytes()
     check_place(out, ".html", args.overwrite or mine)
     if not os.access(out.parent, os.W_OK):
         raise UserError(f"cannot write to {out.parent} (permission denied): give another --out")
-    text = read_text(args.text_file) if args.text is None else args.text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    if not text:
-        raise UserError("--text= is an empty text" if args.text_file is None else f"{args.text_file} holds no text")
     with waiting("computing the page"):
         written = page(path, text, args.data_dir)
     with replacing(out) as temporary:
