@@ -76,12 +76,14 @@ def watch(attention):
 def edge_parts(x, graph):
     """What the energies of x (T, D) are made of: E = sum over i < j of -g_ij (x_i - x_j)^2 / (x^T x + eps), g (D, D) being the head's
     graph. The TOP terms that count most: {"pairs": (T, TOP, 2) of i and j, "terms": (T, TOP)}."""
+    import torch
+
     from ops.fused import ENERGY_EPS
 
-    i, j = np.triu_indices(len(graph), 1)
-    terms = -graph[i, j] * (x[:, i] - x[:, j]) ** 2 / ((x * x).sum(1, keepdims=True) + ENERGY_EPS)
-    most = np.argsort(-np.abs(terms), 1, kind="stable")[:, :TOP]
-    return {"pairs": packed(np.stack([i[most], j[most]], -1), "u2"), "terms": packed(np.take_along_axis(terms, most, 1))}
+    i, j = torch.triu_indices(*graph.shape, 1)
+    terms = -graph[i, j] * (x[:, i] - x[:, j]).square() / (x.square().sum(1, keepdim=True) + ENERGY_EPS)
+    most = terms.abs().topk(min(TOP, len(i))).indices
+    return {"pairs": packed(torch.stack([i[most], j[most]], -1), "u2"), "terms": packed(terms.gather(1, most))}
 
 
 def head_graphs(model, layer):
@@ -118,10 +120,10 @@ def layer_record(model, layer, kept, seen):
         record |= {"temperature": packed(temperature.expand(heads)), "tau": packed(model.blocks[layer].attention.log_tau.exp())}
         graphs, eigenvalues = head_graphs(model, layer)
         record["eigenvalues"] = packed(eigenvalues)
-        q, k = (x[0].numpy() for x in queries_keys(kept["vectors"]))
+        q, k = (x[0] for x in queries_keys(kept["vectors"]))
         group = len(q) // len(k)
-        record["query_parts"] = [edge_parts(x, graphs[head // group].numpy()) for head, x in enumerate(q)]
-        record["key_parts"] = [edge_parts(x, graph.numpy()) for x, graph in zip(k, graphs)]
+        record["query_parts"] = [edge_parts(x, graphs[head // group]) for head, x in enumerate(q)]
+        record["key_parts"] = [edge_parts(x, graph) for x, graph in zip(k, graphs)]
     p = torch.cat(weights).double()  # (H, T, T)
     age = torch.arange(p.size(1))[:, None] - torch.arange(p.size(1))
     entropy, distance = torch.special.entr(p).sum(-1).mean(-1), (p * age).sum((1, 2)) / p.sum((1, 2)).clamp_min(1e-30)
