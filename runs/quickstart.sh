@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job on a small scale: from text to a trained Tauformer and a sample, in about six minutes on two CPU cores.
+# The main job on a small scale: from text to a trained Tauformer, a sample and a page that shows how it attends, in about six
 # No network is needed once the packages are installed. What exists is used again; an interrupted training run goes on.
 # Options are handed on to train.py: bash runs/quickstart.sh --max_steps=100
 case " $* " in *" --out_dir"* | *" --out-dir"*) echo "$0: --out_dir cannot be given: the run goes to out/quickstart" >&2; exit 2 ;; esac
@@ -17,4 +17,7 @@ show python train.py configs/quickstart.toml --init_from=auto "$@"
 
 show python plot.py $out --overwrite
 show python sample.py $out --prompt="Return the" --max_new_tokens=120
-printf '\n\nlosses, energies and Laplacian: %s/figure.png\n' "$out"
+echo
+show python view.py $out --text="Return the number of items in the list that are equal to the value, or None if the list is empty."
+printf '\nwhat each token attends to, what the graph knows, the curves (open it in a browser): %s/view.html\n' "$out"
+printf 'losses, energies and Laplacian: %s/figure.png\n' "$out"

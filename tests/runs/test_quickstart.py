@@ -70,8 +70,9 @@ def test_quickstart_and_study_in_a_fresh_copy_then_again(tmp_path):
         return done.stdout
 
     out = quickstart()
-    for command in ("data/python_docs/prepare.py", "data/embed.py", "build_laplacian.py", "train.py", "plot.py", "sample.py"):
+    for command in ("data/python_docs/prepare.py", "data/embed.py", "build_laplacian.py", "train.py", "plot.py", "sample.py", "view.py"):
         assert f"$ python {command} " in out
+    assert "out/quickstart/view.html" in out.splitlines()[-2] and (copy / "out/quickstart/view.html").stat().st_size > 100_000
     assert "out/quickstart/figure.png" in out.splitlines()[-1] and (copy / "out/quickstart/figure.png").stat().st_size > 10_000
     losses = [record["loss"] for record in metrics(copy / "out/quickstart") if record["split"] == "val"]
     assert losses[-1] < losses[0] - 0.5
