@@ -7,6 +7,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 
 import safetensors.torch  # noqa: F401 (a run that could not save does not begin)
+import torch
 
 from common import RANK, UserError, note
 from data import tokenizer as tokenizers
@@ -108,6 +109,8 @@ def build_model(tensors, header, path, laplacian=None, **changes):
         config = config_of(header, path, **changes)
         if tokenizers.from_json(header["tokenizer"]).vocab_size != config.vocab_size:
             raise RuntimeError("the tokenizer has another size than the vocabulary")
+        if "laplacian" in tensors and tensors["laplacian"].dtype != torch.float64:
+            raise RuntimeError(f"its Laplacian is of {tensors['laplacian'].dtype}, not of torch.float64")
         model = Tauformer(config, tensors.get("laplacian") if laplacian is None else laplacian)
         model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")})
     except (TypeError, RuntimeError, MemoryError, OverflowError) as error:

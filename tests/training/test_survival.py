@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import ROOT, fails, metrics, ok, run_script, untimed
 from test_train import last, same
 from torture import lines, torture
@@ -125,6 +126,13 @@ def test_damaged_checkpoints_are_refused(tmp_path, work):
         with pytest.raises(checkpoint.UserError, match="damaged"):
             checkpoint.read(tmp_path / good.name)
         assert checkpoint.to_resume(tmp_path)[0] == tmp_path / older.name
+
+
+def test_a_laplacian_of_another_type_is_refused(work):
+    tensors, header = checkpoint.read(work / "out" / "small" / "best.safetensors")
+    for wrong in (torch.bfloat16, torch.float32, torch.int64, torch.complex64):
+        with pytest.raises(checkpoint.UserError, match="not of torch.float64"):
+            checkpoint.build_model(tensors | {"laplacian": tensors["laplacian"].to(wrong)}, header, "f")
 
 
 def test_the_one_before_a_damaged_checkpoint_is_resumed(here, work):
