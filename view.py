@@ -309,6 +309,8 @@ def main():
     text = read_text(args.text_file) if args.text is None else args.text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     if not text:
         raise UserError("--text= is an empty text" if args.text_file is None else f"{args.text_file} holds no text")
+    if args.data_dir is not None and not Path(args.data_dir).is_dir():
+        raise UserError(f"--data_dir={args.data_dir} is no folder: give that of the corpus, or leave it out")
     path = checkpoint_file.find(args.out_dir)
     out = args.out or path.parent / "view.html"
     mine = args.out is None and out.is_file() and GENERATOR in out.read_bytes()

@@ -230,6 +230,7 @@ def test_the_command(work, here, monkeypatch):
         (["run", "--text=a", "--out=new.htm"], ".html"),
         (["run", "--text=a", "--out=absent/new.html"], "folder absent does not exist"),
         (["run", "--txt=a"], "did you mean --text?"),
+        (["run", "--text=a", "--out=new.html", "--data_dir=absent"], "--data_dir=absent is no folder"),
     ):
         assert expected in says(*args), args
     (here / "dir").chmod(0o500)
