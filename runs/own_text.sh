@@ -20,8 +20,16 @@ data=data/$name out=out/$name elsewhere=NAME=ANOTHER
 for at in "${!paths[@]}"; do  # a pipe is read once: its copy is the source
     [ "${paths[at]}" = - ] || [ -e "${paths[at]}" ] && [ ! -f "${paths[at]}" ] && [ ! -d "${paths[at]}" ] || continue
     mkdir -p $data
-    cat "${paths[at]}" > $data/piped_$at
-    paths[at]=$PWD/$data/piped_$at
+    copy=$PWD/$data/piped_$at
+    trap 'rm -f "$copy.new"; rmdir $data 2> /dev/null || true' EXIT
+    cat "${paths[at]}" > "$copy.new"
+    if [ -f "$copy" ] && [ "$(sha256sum < "$copy")" != "$(sha256sum < "$copy.new")" ]; then
+        echo "$0: $data/piped_$at is the copy of another pipe: give NAME=ANOTHER, or remove it" >&2
+        exit 2
+    fi
+    mv "$copy.new" "$copy"
+    trap - EXIT
+    paths[at]=$copy
 done
 
 choose() {  # ARGUMENT ...: sets the sizes that data/sizes.py chooses, and shows them

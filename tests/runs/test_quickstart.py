@@ -139,6 +139,9 @@ def test_own_text(tmp_path):
     status, out, said = own_text("-", "--dry_run", "--laplacian=data/my_mine/laplacian.parquet", stdin=piped, NAME="piped")
     assert status == 0 and "data/my_piped/piped_0 --out_dir=data/my_piped" in out and "parameters " in out, said
     assert "build_laplacian.py" not in out
+    status, out, said = own_text("-", stdin="another text", NAME="piped")
+    assert status == 2 and "data/my_piped/piped_0 is the copy of another pipe: give NAME=ANOTHER" in said[0]
+    assert (copy / "data/my_piped/piped_0").read_text() == piped
     assert not (copy / "out/my_piped").exists()
     status, out, said = own_text("--help")
     assert status == 0 and "OWNER/NAME of a data set" in out and "--text_key NAME" in out and "--max_steps INT" in out
