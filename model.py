@@ -9,7 +9,7 @@ query or key on a graph Laplacian L, which is built once from a domain's embeddi
 
 Otherwise: pre-norm blocks, RMS-norm without weights, no biases, RoPE and then RMS-norm on queries and keys, relu^2 MLP,
 grouped-query attention, untied embedding and output head, logit softcap. attention = "dot" is the twin, which scores by
-dot product and differs in nothing else. The settings and switches, a line each: model_config.py. (Article "Training a 30M
+dot product and differs in nothing else. The settings and switches, a line each: ops/model_config.py. (Article "Training a 30M
 parameters Topological Transformer", 2026; paper "Topological Transformer", 2026.)
 """
 
@@ -22,10 +22,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import UserError
-from model_config import ModelConfig, ModelSettings  # noqa: F401 (callers take them from here, beside Tauformer)
 from ops.attention import recurrence, tau_attention
 from ops.dot import DOT_SCALE, dot_attention, window_attention
 from ops.fused import ENERGY_EPS, NORM_EPS, ChunkedLoss, Energy, RMSNorm, SquaredReluMLP, by_head, rayleigh_quotient
+from ops.model_config import ModelConfig, ModelSettings  # noqa: F401 (callers take them from here, beside Tauformer)
 
 INIT_STD = 0.02
 # Where recall heads start: their matrix; for tau the temperature, and the logit of a key of value 0; for dot the sharpness of the logits;

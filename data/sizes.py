@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import Parser, UserError, run, waiting
 from data.corpus import Corpus
-from model_config import ModelConfig
+from ops.model_config import ModelConfig
 
 DOCUMENTS = 20_000  # that are embedded, at most
 LEAST = 4  # tokens of context: the convolution's taps

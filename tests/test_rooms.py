@@ -7,7 +7,6 @@ from conftest import ROOT
 
 FLOORS = [  # from the ground up; those on one floor may know one another
     {"common"},
-    {"model_config"},
     {"ops", "data", "hub"},
     {"model"},
     {"training", "decoding"},
@@ -52,7 +51,7 @@ def test_imports_run_downwards():
 
 
 def test_the_root_is_short_and_so_is_every_function():
-    assert len([path for path in ROOT.iterdir() if path.suffix in (".py", ".cpp")]) <= 10
+    assert len([path for path in ROOT.iterdir() if path.suffix in (".py", ".cpp")]) <= 9
     long = [
         (name, node.name)
         for name, tree in FILES.items()

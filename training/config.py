@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from common import FRACTION, NOT_NEGATIVE, POSITIVE, ROOT, Parser, UserError, check_rule, meant, one_of, read_text, setting
-from model_config import ModelSettings
+from ops.model_config import ModelSettings
 
 
 @dataclass

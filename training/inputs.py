@@ -8,7 +8,7 @@ from common import RESTARTS, UserError
 from data import checkpoint_file
 from data.corpus import Corpus
 from data.laplacian import said_beside
-from model_config import ModelConfig
+from ops.model_config import ModelConfig
 from training.config import model_settings, parse
 from training.folder import refuse_to_replace
 

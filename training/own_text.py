@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import ROOT, Parser, UserError, run
-from model_config import ModelConfig
+from ops.model_config import ModelConfig
 from training.config import Settings, add_settings, check_schedule, given_settings, model_settings, read_settings
 
 OF_SIZES = ("vocab_size", "val_fraction")  # options of data/text/prepare.py that data/sizes.py chooses where they are not given

@@ -1,5 +1,5 @@
 """The model's settings, one line each: default, meaning, and the rule that a value must satisfy; ModelConfig checks them together.
-Beside model.py, not in it, so that what only reads settings does without torch, whose import takes seconds."""
+Not in model.py, so that what only reads settings does without torch, whose import takes seconds."""
 
 from dataclasses import dataclass, fields
 
