@@ -22,7 +22,6 @@ CODE = ROOT / "hub" / "modeling_tauformer.py"
 CLASSES = {"AutoConfig": "modeling_tauformer.TauformerConfig", "AutoModelForCausalLM": "modeling_tauformer.TauformerForCausalLM"}
 SIZES = ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "dropout", "attention")  # settings that are no switches
 PAD_TEXT = "<|pad|>"  # of a vocabulary without an end token; its number is past those of the model
-DIFFICULT = "I'll WE'VE don't \u017f's  \n\n\t x = 1234567;  é 東京 \U0001f469\u200d\U0001f680 a\u0301 <|endoftext|>\r\n \u00a0\u2028end  "
 
 
 def byte_characters():
@@ -76,7 +75,7 @@ def library_tokenizer(tokenizer):
         library.decoder = decoders.ByteLevel()
     library.add_special_tokens([AddedToken(PAD_TEXT if tokenizer.end_token is None else tokenizers.END_TEXT, normalized=False)])
     library.encode_special_tokens = True  # they are plain text in a text, as they are here
-    text = "".join(tokenizer.tokens) if tokenizer.kind == "char" else DIFFICULT
+    text = "".join(tokenizer.tokens) if tokenizer.kind == "char" else tokenizers.PROBE
     if library.encode(text).ids != tokenizer.encode(text):
         raise ValueError("it would give other tokens")
     return library

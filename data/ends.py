@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import POSITIVE, Parser, UserError, refuse_existing, replacing, run
+from common import Parser, UserError, refuse_existing, replacing, run
 from data.corpus import Corpus
 
 LEAST, TRIES = 20, 100  # characters of an end; draws of three others, of which some may end alike
@@ -107,7 +107,7 @@ def main():
     options.add_argument("--overwrite", action="store_true", help="replace the tasks that are there already")
     args = options.parse_args()
     for name, least in (("documents", 4), ("length", LEAST)):
-        if not (POSITIVE[0](value := getattr(args, name)) and value >= least):
+        if not least <= (value := getattr(args, name)) < 2**31:
             raise UserError(f"--{name}={value} must be at least {least}, and below 2^31")
     corpus = Corpus(args.data_dir)
     paths = {"ends": args.data_dir / "ends.jsonl", "held_out": args.data_dir / "held_out.txt"}

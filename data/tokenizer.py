@@ -20,7 +20,11 @@ RUN = 10_000
 LONG_RUN = re.compile(rf"[^\S\r\n]{{{RUN + 1},}}")
 END_TEXT = "<|endoftext|>"  # how the end token is shown; in a text to encode these characters are plain text
 
-PROBE = "It's 1,234 caf\u00e9s\t\u4e2d\u6587 \U0001f600!\r\n\n  _x\0 e\u0301 "  # characters of every class
+# Difficult text, with characters of every class: what a vocabulary does with it tells whether it is a whole one.
+PROBE = (
+    "I'll WE'VE don't \u017f's  \n\n\t x = 1234567;  é 東京 \U0001f469\u200d\U0001f680 a\u0301 <|endoftext|>\r\n \u00a0\u2028end  "
+    "It's 1,234 cafés\t中文 \U0001f600!\r\n\n  _x\0 "
+)
 
 
 def parts(text):

@@ -28,12 +28,7 @@ tau, 4 recall|$of_both $of_tau --local_heads=3 --recall_heads=4
 dot, 4 recall|--attention=dot $of_both --recall_heads=4
 tau, published|"
 [ $# -gt 0 ] || set -- tau dot
-chosen=
-for row; do
-    line=$(awk -F'|' -v row="$row" '$1 == row' <<< "$rows")
-    [ -n "$line" ] || { echo "runs/ends.sh: no row \"$row\"; there are: $(cut -d'|' -f1 <<< "$rows" | paste -sd';')" >&2; exit 2; }
-    chosen+=${chosen:+$'\n'}$line
-done
+chosen=$(rows_called "$rows" "$@")
 
 echo "installing requirements-export.txt into .venv ..."
 python -m pip install --quiet --disable-pip-version-check --requirement requirements-export.txt

@@ -61,6 +61,16 @@ numbers() {  # NAME "1 2 3": refuses a setting that is not whole numbers
     [[ $2 =~ ^[0-9]+(\ +[0-9]+)*$ ]] || { echo "$0: $1=\"$2\" must be whole numbers" >&2; exit 2; }
 }
 
+rows_called() {  # "NAME|SETTINGS of a row in each line" NAME ...: the rows of these names; one that there is not is refused
+    local rows=$1 row line
+    shift
+    for row; do
+        line=$(awk -F'|' -v row="$row" '$1 == row' <<< "$rows")
+        [ -n "$line" ] || { echo "$0: no row \"$row\"; there are: $(cut -d'|' -f1 <<< "$rows" | paste -sd';')" >&2; exit 2; }
+        echo "$line"
+    done
+}
+
 corpus_name() {  # FILE.jsonl: the name of its corpus; those of the corpora that the scripts make themselves are refused
     local name=$(basename "${1// /_}" .jsonl)
     case $name in python_docs | python_code | shakespeare_char | shakespeare_speeches)

@@ -62,12 +62,7 @@ tau + all, 8 heads, token vectors                | $best --embedding_init=domain
 tau + all, 8 heads, token vectors, random graph  | $best --embedding_init=domain --laplacian=DATA/random.parquet
 EOF
 )
-chosen=
-for row; do
-    line=$(awk -F'|' -v row="$row" '$1 == row' <<< "$rows")
-    [ -n "$line" ] || { echo "runs/study.sh: no row \"$row\"; there are: $(cut -d'|' -f1 <<< "$rows" | paste -sd';')" >&2; exit 2; }
-    chosen+=${chosen:+$'\n'}$line
-done
+chosen=$(rows_called "$rows" "$@")
 rows=${chosen:-${rows%%$'\n\n'*}}
 
 prepare() {  # CORPUS: makes it, and its graphs of F = n_embd features
