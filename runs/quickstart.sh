@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The main job on a small scale: from text to a trained Tauformer, a sample and a page that shows how it attends, in about six
+# The main job on a small scale: from text to a trained Tauformer, a sample and a page that shows how it attends, in about six minutes
+# on two CPU cores.
 # No network is needed once the packages are installed. What exists is used again; an interrupted training run goes on.
 # Options are handed on to train.py: bash runs/quickstart.sh --max_steps=100
 case " $* " in *" --out_dir"* | *" --out-dir"*) echo "$0: --out_dir cannot be given: the run goes to out/quickstart" >&2; exit 2 ;; esac
