@@ -269,6 +269,8 @@ def run(main):
 def told(error):
     """What an exception says; of the system's about a file: which, what is wrong with it and what to do."""
     number, path = getattr(error, "errno", None), getattr(error, "filename", None)
+    if path is None and number in FULL and error.strerror == os.strerror(number):
+        return f"{error.strerror}, where the output goes: free some, or let it go elsewhere"
     if not isinstance(path, (str, os.PathLike)) or number in (*FULL, errno.EIO):
         return str(error)
     path = Path(re.sub(r"(^|/)\.([^/]+)\.\d+\.tmp$", r"\1\2", str(path)))  # what was to become of replacing()'s temporary file
@@ -423,6 +425,14 @@ def append_line(path, record):
         if lines and not lines.endswith(b"\n"):
             file.truncate(lines.rfind(b"\n") + 1)
         file.write(json.dumps(record).encode() + b"\n")
+
+
+def check_lines(path, option="--results"):
+    """Raise UserError for a file that is there and that append_line() is not meant for: a line of it begins no object."""
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            if any(not line.startswith(b'{"') for line in file):
+                raise UserError(f"{option}={path} is no JSON Lines file, to which a line could be added: give another")
 
 
 def read_lines(path, half=False, /, **fields):

@@ -13,6 +13,7 @@ from common import UserError, replacing
 
 HEADER = ("config", "tokenizer", "run")  # of a checkpoint
 DIGITS = 64  # of the hash
+BEST = "best.safetensors"  # of a run's checkpoints the one whose validation loss is the lowest
 
 
 def save(path, tensors, header):
@@ -76,7 +77,7 @@ def find(out_dir):
     UserError if there is none."""
     if Path(out_dir).is_file():
         return Path(out_dir)
-    for path in [Path(out_dir) / "best.safetensors", *steps(out_dir)]:
+    for path in [Path(out_dir) / BEST, *steps(out_dir)]:
         if path.exists():
             return path
     raise UserError(f"no checkpoint in {out_dir}: it should be an output folder of train.py")
@@ -93,4 +94,10 @@ def steps(out_dir):
 
 def read(path):
     """(tensors, header) of a checkpoint, as load() gives them."""
-    return load(path, HEADER, "checkpoint of train.py")
+    try:
+        return load(path, HEADER, "checkpoint of train.py")
+    except UserError as error:
+        newest = next(iter(steps(Path(path).parent)), None)
+        if Path(path).name != BEST or newest is None:
+            raise
+        raise UserError(f"{error}: {newest} is of the same run, and may be whole") from None

@@ -16,6 +16,7 @@ from data import checkpoint_file
 from data import tokenizer as tokenizers
 from data.sources import SKIPPED, read_jsonl
 
+VOCABULARY = 30522  # tokens of a bpe, where nothing is said
 FILES = ("meta.json", "tokenizer.json", "train.bin", "val.bin")
 BATCH_BYTES = 1 << 22  # characters of text tokenised at a time
 SEAM = re.compile(r"(?<=\S)(?= \S)|(?<=\S\n)(?=\S)")  # where a text may be cut: the patterns of BPE have no token across it
@@ -34,7 +35,7 @@ def parser(description, out_dir):
         help="bpe: trained on this corpus; char; a name of tiktoken's, such as gpt2; or that of another corpus's folder, "
         "or of an output folder or a checkpoint of train.py (default: %(default)s)",
     )
-    options.add_argument("--vocab_size", type=int, default=30522, help="of a bpe, the end token counted (default: %(default)s)")
+    options.add_argument("--vocab_size", type=int, help=f"of a bpe, the end token counted (default: {VOCABULARY})")
     options.add_argument(
         "--val_fraction", type=float, default=0.01, help="part of the documents kept for validation (default: %(default)s)"
     )
@@ -51,7 +52,9 @@ def check(args):
     """Raise UserError for options that prepare() cannot take, or a corpus that may not be replaced."""
     if not 0 < args.val_fraction < 1:
         raise UserError(f"--val_fraction={args.val_fraction} must be between 0 and 1")
-    if args.tokenizer == "bpe" and not 257 <= args.vocab_size < 2**24:
+    if args.tokenizer != "bpe" and args.vocab_size is not None:
+        raise UserError(f"--vocab_size={args.vocab_size} is of a bpe that is trained, not of --tokenizer={args.tokenizer}: leave it out")
+    if args.vocab_size is not None and not 257 <= args.vocab_size < 2**24:
         raise UserError(f"--vocab_size={args.vocab_size} must be 257 (256 bytes and the end token) to {2**24 - 1}")
     for name in FILES:
         refuse_existing(args.out_dir / name, args.overwrite)
@@ -195,7 +198,9 @@ def _tokenizer(pieces, args, one_document):
     """The tokenizer that the options ask for, trained on an iterator over (split, text) where it is the corpus's own."""
     if args.tokenizer == "bpe":
         training_texts = (text for split, text in pieces if split == "train")
-        return tokenizers.BPE.train(tqdm(training_texts, desc="training the tokenizer", unit=" documents", disable=None), args.vocab_size)
+        return tokenizers.BPE.train(
+            tqdm(training_texts, desc="training the tokenizer", unit=" documents", disable=None), args.vocab_size or VOCABULARY
+        )
     if args.tokenizer == "char":
         return tokenizers.Characters.train((text for _, text in pieces), end_token=not one_document)
     tokenizer = named_tokenizer(args.tokenizer)

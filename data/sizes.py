@@ -120,7 +120,9 @@ def main():
         sizes = of_corpus(len(corpus.train), len(corpus.val), corpus.meta["train"]["documents"], words, given)
         ModelConfig(**{name: value for name, value, _ in sizes if name in ("n_layer", "n_embd", "n_head", "local_heads", "block_size")})
     elif any((Path(path) / "train.bin").exists() for path in args.paths):
-        return  # nanoGPT's tokens and split stay as they are
+        if name := next((name for name in ("vocab_size", "val_fraction") if name in given), None):
+            raise UserError(f"--{name}={given[name]} is nothing for nanoGPT's tokens, which stay as they are: leave it out")
+        return
     else:
         known = all(Path(path).exists() for path in args.paths)
         sizes = of_files(size_on_disk(args.paths) if known else None, given)

@@ -268,7 +268,7 @@ class StreamCache(Cache):
         config, device, session = model.config, model.head.weight.device, header["session"]
         cache, alike = cls(config, device), cls(config, device)
         if session.get("model") != model_hash:
-            raise UserError(f"{path} is of another model")
+            raise UserError(f"{path} is the session of another checkpoint: give the one that it was begun with, or another --session")
         try:
             cache.length, cache.pending = int(session["length"]), [int(token) for token in session["pending"]]
             if not 0 <= cache.length < 2**53:  # positions are float64

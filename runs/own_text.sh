@@ -17,18 +17,24 @@ name=$(own_name "${NAME:-${name//[^A-Za-z0-9_-]/_}}")
 [[ $name =~ ^[A-Za-z0-9._-]+$ ]] || { echo "$0: NAME=$NAME must be letters, digits, dots, dashes and underscores" >&2; exit 2; }
 data=data/$name out=out/$name elsewhere=NAME=ANOTHER
 
+[ ! -e $data ] || had=yes
+ended() {  # STATUS: what a mistake leaves in a folder that this call has made goes, and half a copy
+    rm -f $data/piped_*.new
+    [ "$1" != 2 ] || [ -n "${had-}" ] || [ -e $data/meta.json ] || rm -f $data/piped_* $data/meta.json.made
+    [ -n "${had-}" ] || rmdir $data 2> /dev/null || true
+}
+trap 'ended $?' EXIT
 for at in "${!paths[@]}"; do  # a pipe is read once: its copy is the source
     [ "${paths[at]}" = - ] || [ -e "${paths[at]}" ] && [ ! -f "${paths[at]}" ] && [ ! -d "${paths[at]}" ] || continue
     mkdir -p $data
     copy=$PWD/$data/piped_$at
-    trap 'rm -f "$copy.new"; rmdir $data 2> /dev/null || true' EXIT
     cat "${paths[at]}" > "$copy.new"
     if [ -f "$copy" ] && [ "$(sha256sum < "$copy")" != "$(sha256sum < "$copy.new")" ]; then
         echo "$0: $data/piped_$at is the copy of another pipe: give NAME=ANOTHER, or remove it" >&2
         exit 2
     fi
     mv "$copy.new" "$copy"
-    trap - EXIT
+    echo "$data/piped_$at: a copy of ${paths[at]}"
     paths[at]=$copy
 done
 

@@ -476,12 +476,17 @@ def test_bad_configs(tmp_path, monkeypatch, text, expected):
         (["small.toml", "--init_from=resume", "--out_dir=swapped", "--max_steps=30", "--tau_mode=learned"], "tau_mode = 'learned'"),
         (["small.toml", "--init_from=resume", "--out_dir=swapped", "--max_steps=30", "--embedding_init=domain"], "began as 'normal'"),
         (["small.toml", "--results=small.toml/runs.jsonl"], "small.toml"),
+        (["small.toml", "--results=broken.toml"], "broken.toml is no JSON Lines file"),
+        (["small.toml", "--out_dir={work}/docs"], "is a corpus"),
+        (["small.toml", "--out_dir=notes"], "notes holds a run already (log.txt)"),
         (["small.toml", "--lr_schedule=cosine", "--min_lr=1"], "min_lr"),
     ],
 )
 def test_mistakes(here, work, args, expected):
     (here / "broken.toml").write_text("n_layer = ")
     (here / "folder" / "best.safetensors").mkdir(parents=True)
+    (here / "notes").mkdir()
+    (here / "notes" / "log.txt").write_text("mine\n")
     arguments = " ".join(args)
     for name in ("resumed", "swapped"):
         if name in arguments:

@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from common import NOTES, UserError, output_folder, read_lines, replacing
+from common import NOTES, ROOT, UserError, check_lines, output_folder, read_lines, replacing
 from data import checkpoint_file
 from training.config import WRITTEN, config_text
 
@@ -35,11 +35,23 @@ def lines_until(path, step):
     return "".join(line for line, record in lines if record["step"] <= step)
 
 
+def is_ours(path):
+    """Whether a config.toml is there, and written by train.py."""
+    return path.exists() and path.read_bytes().startswith(WRITTEN.encode())
+
+
 def refuse_to_replace(settings):
-    held = files_of(settings.out_dir)
+    """Raise UserError for an output folder that holds a run already, or is meant for something else."""
+    out_dir = Path(settings.out_dir)
+    if out_dir.resolve() == ROOT or (out_dir / "meta.json").exists():
+        kind = "a corpus" if (out_dir / "meta.json").exists() else "the repository itself"
+        raise UserError(f"out_dir = {settings.out_dir!r} is {kind}: give a folder of the run's own")
+    held = files_of(out_dir)
+    if not held and (out_dir / LINES).exists() and not is_ours(out_dir / CONFIG):
+        held = [out_dir / LINES]  # which a run writes after its config.toml
     if held and not (settings.init_from == "resume" or settings.overwrite or only_looks(settings)):
         raise UserError(
-            f"{Path(settings.out_dir)} holds a run already ({', '.join(path.name for path in held)}): give "
+            f"{out_dir} holds a run already ({', '.join(path.name for path in held)}): give "
             + ("--init_from=resume, " if checkpoint_file.steps(settings.out_dir) else "--init_from=scratch with ")
             + "--overwrite=True, or another --out_dir"
         )
@@ -49,6 +61,7 @@ def take_folder(run):
     """Make the output folder and lock it until this process ends. Raises UserError if another process has."""
     with output_folder(run.out_dir):
         Path(run.settings.results).parent.mkdir(parents=True, exist_ok=True)
+        check_lines(run.settings.results)
         open(run.settings.results, "a").close()  # a file that cannot be written is found now
     try:
         fcntl.flock(os.open(run.out_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -72,7 +85,7 @@ def clear_folder(run):
         else:
             path.unlink(missing_ok=True)
     path = run.out_dir / CONFIG
-    if not path.exists() or path.read_bytes().startswith(WRITTEN.encode()):
+    if not path.exists() or is_ours(path):
         with replacing(path) as temporary:
             temporary.write_text(config_text(run.settings, run.state.began), encoding="utf-8", errors="replace")
 

@@ -19,7 +19,7 @@ from training import taumode
 from training.batches import to_device
 from training.config import changed_settings, config_hash
 from training.diagnostics import collapses, diagnose
-from training.folder import CONFIG, clear_folder, keep_line, take_folder
+from training.folder import CONFIG, clear_folder, is_ours, keep_line, take_folder
 from training.memory import peak_mem_mb
 
 PEAK_FLOPS = {
@@ -155,11 +155,12 @@ class Log:
         if self.wandb is not None:
             self.wandb.finish()
         out_dir = shlex.quote(str(run.out_dir))
+        config = f"{out_dir}/{CONFIG}" + ("" if is_ours(run.out_dir / CONFIG) else f" --out_dir={out_dir}")
         self.print(
             f"{run.out_dir}: best validation loss {state.best_loss:.4f}: python sample.py {out_dir} --prompt=TEXT samples from it"
             if state.step == run.settings.max_steps
             else f"{run.out_dir}: stopped and saved at step {state.step}: --init_from=resume goes on: "
-            f"{'python' if WORLD == 1 else 'torchrun ...'} train.py {out_dir}/{CONFIG} --init_from=resume"
+            f"{'python' if WORLD == 1 else 'torchrun ...'} train.py {config} --init_from=resume"
         )
 
 

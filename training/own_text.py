@@ -75,8 +75,12 @@ def main():
     for name in ("data_dir", "out_dir"):
         if getattr(args, name) is not None:
             raise UserError(f"--{name} cannot be given: NAME=... names the folders")
+    if args.vocab_size is not None and args.tokenizer not in (None, "bpe"):
+        raise UserError(
+            f"--vocab_size={args.vocab_size} is for a tokenizer that is made, not for --tokenizer={args.tokenizer}: leave it out"
+        )
     for name in PATHS:
-        if getattr(args, name) is not None and os.path.exists(getattr(args, name)):
+        if getattr(args, name) is not None and (os.path.exists(getattr(args, name)) or name == "results"):
             setattr(args, name, os.path.abspath(getattr(args, name)))
     paths, given = [checked_source(source) for source in args.sources], given_settings(args)
     checked_settings(given)

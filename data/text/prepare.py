@@ -164,6 +164,9 @@ def main():
     corpus.check(args)
     folder = Path(args.sources[0])
     if len(args.sources) == 1 and [(folder / name).exists() for name in ("train.bin", "val.bin", "meta.json")] == [True, True, False]:
+        options.refuse_given(
+            args, ("vocab_size", "val_fraction", "text_key", "split_on"), "is nothing for tokens that are there: leave it out"
+        )
         corpus.prepare_tokens(folder, nanogpt_tokenizer(folder, args), folder, args)
         return
     left_out = sources.LeftOut(args.skip_bad)
@@ -171,6 +174,8 @@ def main():
         readers, kinds = readers_of(args, left_out, stack)
         if args.split_on and "text" not in kinds:
             raise UserError("--split_on is for files of text: there is none among the sources")
+        if set(kinds) == {"text"}:
+            options.refuse_given(args, ("text_key",), "is for records: there are none among the sources")
         source = " ".join(map(sources.called, args.sources)) + (f" ({len(kinds):,} files)" if len(kinds) > len(args.sources) else "")
         if kinds == ["text"] and not args.split_on:
             path, name = readers[0].args[:2]

@@ -77,8 +77,7 @@ def test_jsonl(tmp_path, tokenizer, kind):
         "a.jsonl",
         "b.jsonl",
         "--out_dir=c",
-        f"--tokenizer={tokenizer}",
-        "--vocab_size=300",
+        *(["--vocab_size=300"] if tokenizer == "bpe" else ["--tokenizer=char"]),
         "--val_fraction=0.1",
         cwd=tmp_path,
     )
@@ -294,6 +293,7 @@ def test_bad_jsonl(tmp_path, content, expected):
         ("data/jsonl/prepare.py", ["--out_dir=out"], "FILE.jsonl"),
         ("data/jsonl/prepare.py", ["a.jsonl", "--out_dir=out", "--tokenizer=gpt99"], "gpt99"),
         ("data/jsonl/prepare.py", ["a.jsonl", "--out_dir=out", "--vocab_size=12"], "--vocab_size=12"),
+        ("data/jsonl/prepare.py", ["a.jsonl", "--out_dir=out", "--tokenizer=char", "--vocab_size=300"], "leave it out"),
         ("data/jsonl/prepare.py", ["a.jsonl", "--out_dir=out", "--val_fraction=1.5"], "--val_fraction=1.5"),
         ("data/cve/prepare.py", ["absent.zip", "--out_dir=out"], "absent.zip"),
         ("data/cve/prepare.py", ["a.jsonl", "--out_dir=out"], "zip"),

@@ -1,5 +1,5 @@
 import pytest
-from conftest import ok
+from conftest import fails, ok
 
 from common import UserError
 from data import sizes
@@ -33,7 +33,8 @@ def test_sizes_follow_the_amount_of_text():
 
 def test_nanogpts_data_has_its_sizes_already(tmp_path):
     (tmp_path / "train.bin").touch()
-    assert ok("data/sizes.py", tmp_path, "--vocab_size=300", cwd=tmp_path) == ""
+    assert ok("data/sizes.py", tmp_path, cwd=tmp_path) == ""
+    assert "stay as they are" in fails("data/sizes.py", tmp_path, "--vocab_size=300", cwd=tmp_path)
     (tmp_path / "train.bin").rename(tmp_path / "a.txt")
     lines = ok("data/sizes.py", tmp_path / "a.txt", "--vocab_size=300", cwd=tmp_path).splitlines()
     assert lines[0] == "vocab_size=300         # tokens at most; --vocab_size=N gives another" and len(lines) == 2

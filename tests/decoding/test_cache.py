@@ -198,7 +198,7 @@ def test_a_stream_of_another_model_is_refused(tmp_path):
         checkpoint_file.save(tmp_path / "wrong", tensors | {"kept.0.state": wrong.clone()}, {"session": header["session"]})
         with pytest.raises(UserError, match="damaged"):
             StreamCache.load(tmp_path / "wrong", model, "hash")
-    with pytest.raises(UserError, match="another model"):
+    with pytest.raises(UserError, match="the session of another checkpoint"):
         StreamCache.load(tmp_path / "s", model, "of other weights")
     (tmp_path / "s").write_bytes((tmp_path / "s").read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match="damaged"):
