@@ -89,7 +89,7 @@ def load_laplacian(path):
             table = file.read()
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist") from None
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         what = first_bytes_say(path)
         raise UserError(f"{path} is not a whole parquet file ({error if what in (None, '.parquet') else f'it is {what}'})") from None
     types = types_of(path, table.schema)

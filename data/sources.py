@@ -325,7 +325,7 @@ def parquet(path, name, key, left_out):
         with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 16, pre_buffer=False) as file:
             batches = file.iter_batches(ROWS, columns=[key], use_threads=False)
             yield from column(batches, file.schema_arrow, name, key, left_out)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{name} is not a whole parquet file: {first_line(error)}") from None
 
 

@@ -199,6 +199,7 @@ def test_what_is_no_file_of_embeddings(tmp_path):
         ("sparse.pt", None, "holds sparse_coo float64"),
         ("cut.npz", content["a.npz"][:-9], "not a whole .npz"),
         ("cut.parquet", content["a.parquet"][:-9], "not a whole .parquet"),
+        ("named.parquet", content["a.parquet"].replace(b"list", b"l\x81st"), "not a whole .parquet"),
         ("cut.pt", content["a.pt"][:-9], "not a whole .pt"),
         ("bits.npz", content["a.npz"].replace(X[9].tobytes(), X[8].tobytes()), "not a whole .npz .*CRC"),
     ):

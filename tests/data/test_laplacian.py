@@ -358,11 +358,12 @@ def test_what_is_no_laplacian(tmp_path):
             load_laplacian(tmp_path / f"{name}.parquet")
 
 
-def test_truncated_laplacian(tmp_path):
+def test_a_laplacian_file_that_is_cut_or_changed(tmp_path):
     save_laplacian(tmp_path / "l.parquet", by_definition(embeddings()), {})
     content = (tmp_path / "l.parquet").read_bytes()
-    for length in range(0, len(content), len(content) // 10 + 1):
-        (tmp_path / "l.parquet").write_bytes(content[:length])
+    cut = [content[:length] for length in range(0, len(content), len(content) // 10 + 1)]
+    for damaged in (*cut, content.replace(b"value", b"val\x81e")):
+        (tmp_path / "l.parquet").write_bytes(damaged)
         with pytest.raises(UserError, match="not a whole parquet file"):
             load_laplacian(tmp_path / "l.parquet")
 

@@ -247,8 +247,10 @@ def test_the_key_of_the_text(place):
         assert "odd.parquet, row 2: null is" in refused("odd.parquet")
         done = prepare("odd.parquet", "--skip_bad")
         assert done.texts == ["also", "fine"] and "2 broken (such as odd.parquet, row 2)" in done.said
-    (place / "cut.parquet").write_bytes((place / "a.parquet").read_bytes()[:-9])
-    assert "cut.parquet is not a whole parquet file" in refused("cut.parquet")
+    content = (place / "a.parquet").read_bytes()
+    for damaged in (content[:-9], content.replace(b"content", b"cont\x81nt")):
+        (place / "cut.parquet").write_bytes(damaged)
+        assert "cut.parquet is not a whole parquet file" in refused("cut.parquet")
 
 
 def test_files_of_text_and_folders_of_them(place):
