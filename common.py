@@ -170,13 +170,16 @@ class Parser(argparse.ArgumentParser):
 
     def spelled(self, words):
         """The words of a command line, with its options as argparse knows them. Raises UserError for an unknown option."""
+        if "--" in words:  # what follows are paths, which argparse, where they begin with a dash, loses
+            at = words.index("--")
+            words = [*words[:at], *(f"./{word}" if re.match("-.", word) else word for word in words[at + 1 :])]
         flags, spelled = [name for name, action in self._option_string_actions.items() if action.nargs in (0, "?")], []
         for word in words:
             if spelled and spelled[-1] in flags and word.lower() in ("true", "false"):
                 spelled[-1] += f"={word}"
                 continue
             name, equals, value = word.partition("=")
-            if word.startswith("--") and word != "--" and " " not in name and "--" not in spelled:
+            if word.startswith("--") and " " not in name:
                 name = "--" + name[2:].replace("-", "_")
                 if name not in self._option_string_actions:
                     self.refuse([word])
@@ -375,6 +378,8 @@ def check_place(path, suffix, overwrite, option="--out"):
         raise UserError(f"{option}={path} must end in {suffix}")
     if not path.parent.is_dir():
         raise UserError(f"folder {path.parent} does not exist: make it first")
+    if path.is_dir():
+        raise UserError(f"{option}={path} is a folder: give the path of a file")
     refuse_existing(path, overwrite)
 
 

@@ -30,8 +30,7 @@ tau, published|"
 [ $# -gt 0 ] || set -- tau dot
 chosen=$(rows_called "$rows" "$@")
 
-echo "installing requirements-export.txt into .venv ..."
-python -m pip install --quiet --disable-pip-version-check --requirement requirements-export.txt
+require requirements-export.txt
 bpe_corpus $data 2048 jsonl "$jsonl"
 [ -f $data/embeddings.npy ] || show python data/embed.py $data --dim=128
 [ -f $data/domain.parquet ] || show python build_laplacian.py $data/embeddings.npy --out=$data/domain.parquet

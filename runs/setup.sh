@@ -9,9 +9,15 @@ command -v "$python" > /dev/null || { echo "$python not found: set PYTHON to Pyt
     { echo "$python is older than Python 3.11: set PYTHON to a newer one" >&2; exit 2; }
 [ -f .venv/bin/activate ] || "$python" -m venv .venv
 . .venv/bin/activate
-echo "installing requirements.txt into .venv ..."
-python -c 'import pip' 2> /dev/null || python -m ensurepip > /dev/null  # as uv leaves it
-python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+
+require() {  # FILE: installs a file of requirements into .venv, unless the same one has been
+    [ "$(cat "$1")" != "$(cat ".venv/$1" 2> /dev/null)" ] || return 0
+    echo "installing $1 into .venv ..."
+    python -c 'import pip' 2> /dev/null || python -m ensurepip > /dev/null  # as uv leaves it
+    python -m pip install --quiet --disable-pip-version-check --requirement "$1" || return
+    cp "$1" ".venv/$1" 2> /dev/null || true  # where .venv is for reading only, pip looks each time
+}
+require requirements.txt
 
 show() {  # COMMAND ...: prints the command, then runs it
     printf '\n$'; printf ' %q' "$@"; printf '\n'

@@ -232,6 +232,8 @@ def test_flags_of_other_scripts_take_true_and_false():
     assert parser.parse_args(["--prompt", "--- a text"]).prompt == "--- a text"
     with pytest.raises(UserError, match="--start=x, did you mean --prompt?"):
         parser.parse_args(["--start=x"])
+    parser.add_argument("files", nargs="*")
+    assert parser.parse_args(["a", "--prompt=x", "--", "-b.txt", "-", "--prompt"]).files == ["a", "./-b.txt", "-", "./--prompt"]
 
 
 @pytest.mark.parametrize(
