@@ -198,6 +198,11 @@ class Parser(argparse.ArgumentParser):
             return name if value.lower() == "true" else None
         return word
 
+    def _get_value(self, action, word):
+        if action.type is Path and not word:  # which Path takes for the current folder
+            raise argparse.ArgumentError(action, "an empty path names nothing: give a path")
+        return super()._get_value(action, word)
+
     def refuse_given(self, args, names, why):
         """Raise UserError for the first of these options that is given, which nothing would come of."""
         for name in names:
@@ -253,6 +258,10 @@ def run(main):
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, mode))
+    if WORLD == 1 and threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):  # by default they end a program before it has removed what is half written
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         result = main()
         sys.stdout.flush()
@@ -260,7 +269,7 @@ def run(main):
     except BrokenPipeError:  # the reader of our output left, as in `sample.py ... | head`
         end_output()
         sys.exit(141)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, UnicodeEncodeError) as error:
         rank = f" on rank {RANK}" if WORLD > 1 else ""
         print(f"{Path(sys.argv[0]).name}: error{rank}: {' '.join(told(error).split())}", file=sys.stderr)
         end_output()
@@ -271,6 +280,8 @@ def run(main):
 
 def told(error):
     """What an exception says; of the system's about a file: which, what is wrong with it and what to do."""
+    if isinstance(error, UnicodeEncodeError):
+        return f"{error.object[max(0, error.start - 40) : error.end]!r} holds a byte that is no UTF-8: give another name"
     number, path = getattr(error, "errno", None), getattr(error, "filename", None)
     if path is None and number in FULL and error.strerror == os.strerror(number):
         return f"{error.strerror}, where the output goes: free some, or let it go elsewhere"
@@ -368,7 +379,7 @@ def output_folder(path):
 
 def refuse_existing(path, overwrite):
     """Raise UserError if `path` exists and may not be overwritten."""
-    if Path(path).exists() and not overwrite:
+    if os.path.lexists(path) and not overwrite:
         raise UserError(f"{path} exists already: give --overwrite to replace it, or another place")
 
 
@@ -377,7 +388,8 @@ def check_place(path, suffix, overwrite, option="--out"):
     if path.suffix != suffix:
         raise UserError(f"{option}={path} must end in {suffix}")
     if not path.parent.is_dir():
-        raise UserError(f"folder {path.parent} does not exist: make it first")
+        what = "is a file, no folder: give another path" if path.parent.exists() else "does not exist: make it first"
+        raise UserError(f"folder {path.parent} {what}")
     if path.is_dir():
         raise UserError(f"{option}={path} is a folder: give the path of a file")
     refuse_existing(path, overwrite)

@@ -213,8 +213,11 @@ def model_card(name, model, tokenizer, header, path):
 
 def check_folder(to, overwrite):
     """Raise UserError unless export() may write the folder `to`."""
-    if to.is_dir() and any(to.iterdir()) and not overwrite:
-        raise UserError(f"--to={to} is not empty: give another folder, or --overwrite to replace the files in it that have the same names")
+    if to.is_dir() and any(to.iterdir()):
+        if not (to / CODE.name).is_file():
+            raise UserError(f"--to={to} holds files, and none of them is {CODE.name}, which an older export has: give another folder")
+        if not overwrite:
+            raise UserError(f"--to={to} is not empty: give another folder, or --overwrite to replace the export in it")
     there = next(path for path in (to.resolve(), *to.resolve().parents) if path.exists())
     if not there.is_dir():
         raise UserError(f"--to={to} cannot be written: {there} is a file: give another folder")
@@ -233,7 +236,10 @@ def new_folder(to):
     try:
         yield temporary
         if existed:
-            for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):  # last, since it is read first
+            if folder := next((place / path.name for path in temporary.iterdir() if (place / path.name).is_dir()), None):
+                raise UserError(f"{folder} is a folder, where a file is to be written: give another --to")
+            (place / "config.json").unlink(missing_ok=True)  # without it nothing loads, so that an end in between is seen
+            for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
                 path.replace(place / path.name)
         else:
             temporary.replace(place)
@@ -255,7 +261,7 @@ def export(out_dir, to, overwrite=False):
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
         shutil.copyfile(CODE, folder / CODE.name)
-        checkpoint_file.save_tensors(folder / "model.safetensors", weights(model), {"format": "pt"})
+        checkpoint_file.save_tensors(folder / "model.safetensors", weights(model), {"format": "pt"}, to / "model.safetensors")
         shutil.copymode(folder / "config.json", folder / "model.safetensors")  # which is written for the user alone
 
 
@@ -263,7 +269,7 @@ def main():
     options = Parser(__doc__)
     options.add_argument("out_dir", metavar="OUT_DIR", help="output folder of train.py, whose best checkpoint is taken, or a checkpoint")
     options.add_argument("--to", type=Path, required=True, metavar="DIR", help="the folder to write")
-    options.add_argument("--overwrite", action="store_true", help="write into a folder that holds files, over those of the same names")
+    options.add_argument("--overwrite", action="store_true", help="replace the export that the folder holds")
     args = options.parse_args()
     with waiting("loading the model"):
         export(args.out_dir, args.to, args.overwrite)

@@ -13,7 +13,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from common import DAMAGED_ARRAY, ROOT, Parser, UserError, check_place, read_text, replacing, run, waiting  # isort: skip, for it tells of packages that are missing
+from common import DAMAGED_ARRAY, ROOT, Parser, UserError, check_place, note, read_text, replacing, run, waiting  # isort: skip, for it tells of packages that are missing
 import numpy as np
 
 from data import checkpoint_file
@@ -208,7 +208,7 @@ def feature_words(L, settings, tokenizer, data_dir):
         folder = Path(data_dir or settings["data_dir"])
         path = folder / "laplacian.parquet" if data_dir else Path(settings["laplacian"])
         if not path.exists():
-            return None, f"{path} is not there any more: --data_dir names the folder of the corpus."
+            return None, f"{path} is not there, seen from here: --data_dir names the folder of the corpus."
         stored, said, made = load_laplacian(path), said_beside(path), said_beside(folder / "embeddings.npy")
         if stored.shape != L.shape or not np.allclose(stored, L, rtol=1e-4, atol=1e-6 * np.abs(L).max()):
             return None, f"{path} is another graph than the run's."
@@ -217,7 +217,7 @@ def feature_words(L, settings, tokenizer, data_dir):
         if said.get("columns") != len(L):
             return None, f"its {len(L)} features are random mixtures of the embeddings' {said.get('columns')}."
         if said["sha256"] != made.get("embeddings"):
-            return None, f"{folder} holds other embeddings than those that the graph was built from."
+            return None, f"{folder} does not hold the embeddings that the graph was built from."
         if (folder / "lsa.npz").exists():
             with np.load(folder / "lsa.npz") as file:
                 words, vectors = file["words"].tolist(), file["vectors"]
@@ -267,7 +267,11 @@ def page(path, text, data_dir):
     if len(tokens) > min(config.block_size, MOST_TOKENS):
         limit = f"the model's context holds {config.block_size}" if len(tokens) > config.block_size else f"a page shows {MOST_TOKENS:,}"
         raise UserError(f"the text has {len(tokens):,} tokens, and {limit}: give a shorter text")
-    state = checkpoint.RunState.of(header, path)
+    state, curves = checkpoint.RunState.of(header, path), None
+    try:
+        curves = curves_record(path.parent)
+    except UserError as error:
+        note(f"view.py: warning: {error}: the page has no curves")
     data = {
         "run": str(path.parent),
         "file": path.name,
@@ -279,7 +283,7 @@ def page(path, text, data_dir):
         "log_steps": LOG_STEPS,
         "text": text_record(model, tokenizer, tokens),
         "memory": None,
-        "curves": curves_record(path.parent),
+        "curves": curves,
     }
     if config.attention == "tau":
         with torch.no_grad():

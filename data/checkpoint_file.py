@@ -43,7 +43,9 @@ def hashed(file):
     file.seek(0)
     start = file.read(8)
     start += file.read(min(int.from_bytes(start, "little"), os.fstat(file.fileno()).st_size))
-    at = start.index(b'"sha256":"') + len(b'"sha256":"')
+    at = start.find(mark := b'"sha256":"') + len(mark)
+    if at < len(mark):
+        raise ValueError("its header has no sha256")
     digest = hashlib.sha256(start[:at] + b"0" * DIGITS + start[at + DIGITS :])
     while part := file.read(1 << 24):
         digest.update(part)
@@ -68,6 +70,8 @@ def load(path, names, kind):
             if not all(isinstance(value, dict) for value in header.values()):
                 raise ValueError("its header is not of objects")
             return {name: file.get_tensor(name) for name in file.keys()}, header | {"sha256": digest.decode()}
+    except PermissionError:
+        raise
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged, or no {kind} ({type(error).__name__}: {error})") from None
 
@@ -80,7 +84,8 @@ def find(out_dir):
     for path in [Path(out_dir) / BEST, *steps(out_dir)]:
         if path.exists():
             return path
-    raise UserError(f"no checkpoint in {out_dir}: it should be an output folder of train.py")
+    what = "it should be an output folder of train.py" if Path(out_dir).is_dir() else "there is no such folder or file"
+    raise UserError(f"no checkpoint in {out_dir}: {what}")
 
 
 def step_path(out_dir, step):

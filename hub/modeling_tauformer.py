@@ -464,7 +464,7 @@ class TauformerForCausalLM(PreTrainedModel, GenerationMixin):
         **kwargs,
     ):
         """input_ids (B, T) int64 -> logits (B, T, V) float32; with labels (B, T) int64 also the mean cross-entropy, in nats, of those that
-        are not -100, each predicted from the tokens before it.
+        are not -100 and have a token before them, from which each is predicted.
 
         attention_mask (B, T so far): 0 for padding, on the left, which has no influence on anything. cache: a DynamicCache; input_ids
         continue the tokens in it and are added to it. use_cache: make one if there is none.
@@ -491,5 +491,7 @@ class TauformerForCausalLM(PreTrainedModel, GenerationMixin):
             x = block(x, rotary, self.laplacian, real, cache, tokens)
         x = norm(slice_logits_to_keep(x, logits_to_keep)).to(x.dtype)
         logits = softcapped(self.head(x).float(), self.config.softcap)
+        if labels is not None:  # a token after padding has none before it
+            labels = torch.cat([labels[:, :1], labels[:, 1:].masked_fill(~here[:, :-1], -100)], 1)
         loss = None if labels is None else self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=logits, cache=cache)

@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import math
 import os
 import pickle
 import random
@@ -186,6 +187,11 @@ def test_loss_gradients_and_saving_again(transformers, loaded, tmp_path, monkeyp
         grads = torch.autograd.grad(expected, list(model.parameters()))
         for (weight, x), grad in zip(theirs.named_parameters(), grads):
             torch.testing.assert_close(x.grad, grad, atol=1e-4, rtol=1e-3, msg=lambda m: f"{name}, {weight}: {m}")
+        ids, mask = padded([idx[0].tolist(), idx[0, :9].tolist()])
+        loss = theirs(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+        logits = model(idx)[0]
+        both = torch.cat([logits[:-1], logits[:8]]), torch.cat([idx[0, 1:], idx[0, 1:9]])
+        torch.testing.assert_close(loss, F.cross_entropy(*both))
         theirs.save_pretrained(tmp_path / name)
         again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, trust_remote_code=True)
         assert again.config.temperature == model.config.temperature and again.generation_config.temperature is None
@@ -308,6 +314,11 @@ def test_the_command_line(transformers, work, tmp_path):
     ok("export.py", "run", "--to=kept", "--overwrite", cwd=tmp_path)
     assert (tmp_path / "kept/mine.txt").read_text() == "mine" and "tauformer" in (tmp_path / "kept/config.json").read_text()
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == sorted([*names, "mine.txt"])
+    (tmp_path / "kept/README.md").unlink()
+    (tmp_path / "kept/README.md").mkdir()
+    before = {path.name: path.is_file() and path.read_bytes() for path in (tmp_path / "kept").iterdir()}
+    assert "kept/README.md is a folder" in fails("export.py", "run", "--to=kept", "--overwrite", cwd=tmp_path)
+    assert {path.name: path.is_file() and path.read_bytes() for path in (tmp_path / "kept").iterdir()} == before
 
 
 def test_mistakes(work, tmp_path):
@@ -327,6 +338,8 @@ def test_mistakes(work, tmp_path):
     ):
         changed = {**header, key: header[key] | change}
         checkpoint.save(tmp_path / f"{name}.safetensors", tensors, {part: changed[part] for part in ("config", "tokenizer", "run")})
+    tensors["model.head.weight"][0, 0] = math.nan
+    checkpoint.save(tmp_path / "nan.safetensors", tensors, {part: header[part] for part in ("config", "tokenizer", "run")})
     before = sorted(path.name for path in tmp_path.iterdir())
     late = (  # answered when all is ready to be written, for which the library is needed
         (("pattern.safetensors", "--to=new"), "the run's tokenizer cannot be written in the format of the library tokenizers"),
@@ -347,9 +360,12 @@ def test_mistakes(work, tmp_path):
         (("state.safetensors", "--to=new"), "state.safetensors is damaged: the step of its run is 'x'"),
         (("run", "--to=file"), "/file is a file: give another folder"),
         (("run", "--to=file/new"), "/file is a file: give another folder"),
-        (("run", "--to=full"), "--to=full is not empty"),
-        (("run", "--to=."), "--to=. is not empty"),
-        (("run", "--to="), "--to="),
+        (("run", "--to=full"), "--to=full holds files, and none of them is modeling_tauformer.py"),
+        (("run", "--to=full", "--overwrite"), "--to=full holds files, and none of them is modeling_tauformer.py"),
+        (("run", "--to=."), "--to=. holds files"),
+        (("run", "--to="), "--to: an empty path names nothing"),
+        (("run", "--to=\udcff"), "\\udcff' holds a byte that is no UTF-8"),
+        (("nan.safetensors", "--to=new"), "nan.safetensors is damaged: its head.weight is not finite"),
         *(late if find_spec("tokenizers") else ()),
     ):
         line = fails("export.py", *args, cwd=tmp_path)

@@ -1,5 +1,8 @@
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
 import tomllib
 from dataclasses import fields
@@ -234,6 +237,19 @@ def test_flags_of_other_scripts_take_true_and_false():
         parser.parse_args(["--start=x"])
     parser.add_argument("files", nargs="*")
     assert parser.parse_args(["a", "--prompt=x", "--", "-b.txt", "-", "--prompt"]).files == ["a", "./-b.txt", "-", "./--prompt"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing_half_written(tmp_path, number):
+    code = f"""import os
+from common import replacing, run
+def main():
+    with replacing("file") as temporary:
+        temporary.write_text("half")
+        os.kill(os.getpid(), {int(number)})
+run(main)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 128 + number and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, fails, ok
+from conftest import ROOT, fails, ok, run_script
 
 import view
 from common import UserError
@@ -203,6 +203,10 @@ def test_the_command(work, here, monkeypatch):
     assert ok("view.py", "run", "--text=the list", cwd=here) == "page: run/view.html\n"
     first = (here / "run/view.html").read_text()
     assert data_of(first)["memory"]["words"] and not re.search(r"https?://(?!www.w3.org/2000/svg)", first)
+    with open(here / "run/metrics.jsonl", "a") as file:
+        file.write("torn\n")
+    done = run_script("view.py", "run", "--text=the list", cwd=here)
+    assert done.returncode == 0 and "is damaged" in done.stderr and data_of((here / "run/view.html").read_text())["curves"] is None
     (here / "run/view.html").write_text("mine")
     assert "no checkpoint in nowhere" in fails("view.py", "nowhere", "--text=a", cwd=here)
 

@@ -113,6 +113,8 @@ def build_model(tensors, header, path, laplacian=None, **changes):
             raise RuntimeError(f"its Laplacian is of {tensors['laplacian'].dtype}, not of torch.float64")
         model = Tauformer(config, tensors.get("laplacian") if laplacian is None else laplacian)
         model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")})
+        if bad := next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None):
+            raise UserError(f"{path} is damaged: its {bad} is not finite")
     except (TypeError, RuntimeError, MemoryError, OverflowError) as error:
         raise UserError(f"{path}: weights and config do not fit: {error}") from None
     return model
