@@ -31,7 +31,7 @@ with waiting("importing torch"):
     from training.evaluation import averaged, shown, validation_record
     from training.folder import keep_line, only_looks
     from training.log import Log, profiled
-    from training.processes import no_sync, summed, whole
+    from training.processes import no_sync, summed
     from training.start import doubts, start
 
 LOWEST_SCALE = 0.03125  # lowest factor of the plateau rule: 5 halvings, the published run's last
@@ -107,7 +107,6 @@ def training_step(run, asked):
     if a signal to any process has asked for it."""
     settings, state, step = run.settings, run.state, run.state.step
     optim.set_learning_rate(run.optimizer, optim.learning_rate(settings, step, state.lr_scale))
-    weights = list(run.raw_model.parameters())
     total = torch.zeros((), device=run.device)
     for micro in run.micro_batches:
         torch.manual_seed(np.random.SeedSequence([settings.seed, step, micro]).generate_state(1)[0].item())
@@ -120,13 +119,13 @@ def training_step(run, asked):
     first = run.micro_batches[0]
     run.ahead[step + 1, first] = batch_of(run, step + 1, first)  # while the GPU still computes
     run.scaler.unscale_(run.optimizer)
-    grad_norm = whole(torch.nn.utils.clip_grad_norm_(weights, settings.grad_clip or math.inf)).item()
+    grad_norm = optim.clip_gradients(run.raw_model, settings.grad_clip)
     loss, to_stop, to_save = summed([total.item() / WORLD, asked.stop, asked.save], run.device)
     asked.save = False
     if is_good(run, loss, grad_norm):
         run.scaler.step(run.optimizer)
         with torch.no_grad():
-            for weight, mean in zip(weights, run.ema or ()):
+            for weight, mean in zip(run.raw_model.parameters(), run.ema or ()):
                 mean.lerp_(weight, 1 - settings.ema_decay)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)

@@ -5,6 +5,9 @@ import math
 
 import torch
 
+from training.processes import whole
+
+SHARP = ("recall.weight", "hold.weight", "hold.bias", "log_filter")  # names of what the lambdas of recall heads are made of
 NUMBERS = 2  # that the optimizer keeps per parameter
 
 
@@ -40,6 +43,17 @@ def learning_rate(settings, step, scale):
         done = min(1, (step - settings.warmup_steps) / (settings.lr_decay_steps - settings.warmup_steps))
         return settings.min_lr + (settings.learning_rate - settings.min_lr) * (1 + math.cos(math.pi * done)) / 2
     return settings.learning_rate * scale
+
+
+def clip_gradients(model, limit):
+    """Scale the gradients so that their norm is `limit` at most (0: no limit). Those of what recall heads' lambdas are made of have a
+    norm of their own: temperatures of 1e-4 magnify them, and in one norm they would take from all other weights most of their step.
+    Returns the norm of all before. Collective."""
+    sharp = [w for name, w in model.named_parameters() if model.config.recall_heads and name.endswith(SHARP)]
+    own = set(map(id, sharp))
+    rest = [w for w in model.parameters() if id(w) not in own]
+    norms = [torch.nn.utils.clip_grad_norm_(weights, limit or math.inf) for weights in (rest, sharp) if weights]
+    return math.hypot(*(whole(norm).item() for norm in norms))
 
 
 def set_learning_rate(optimizer, rate):
