@@ -46,14 +46,14 @@ def bench_curves(args):
             block.attention.operator = functools.partial(tau_attention, impl=impl)
         batch = lambda step: to_device(training_batch(corpus, settings, settings.block_size, step, 0), torch.device("cpu"))
         taumode.calibrate(model, [batch(0)[0]], settings)
-        weights, optimizer = list(model.parameters()), optim.optimizer_of(model, settings)
+        optimizer = optim.optimizer_of(model, settings)
         losses = []
         for step in tqdm(range(200), desc=f"{impl}, {dtype}", disable=None):
             optim.set_learning_rate(optimizer, optim.learning_rate(settings, step, 1.0))
             loss = model(*batch(step))
             loss.backward()
             losses.append(loss.item())
-            torch.nn.utils.clip_grad_norm_(weights, settings.grad_clip)
+            optim.clip_gradients(model, settings.grad_clip)
             optimizer.step()
             optimizer.zero_grad()
         curves[impl, dtype, moved] = torch.tensor(losses, dtype=torch.float64)

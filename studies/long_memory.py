@@ -106,7 +106,7 @@ def learn(config, task, seed, steps, batch_size, learning_rate):
         loss = F.cross_entropy(logits.flatten(0, 1), right.flatten())
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optim.clip_gradients(model, 1.0)
         optimizer.step()
         if step % 10 == 0:
             progress.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
