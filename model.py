@@ -28,9 +28,8 @@ from ops.fused import ENERGY_EPS, NORM_EPS, ChunkedLoss, Energy, RMSNorm, Square
 from ops.model_config import ModelConfig, ModelSettings  # noqa: F401 (callers take them from here, beside Tauformer)
 
 INIT_STD = 0.02
-# Where recall heads start: for tau the temperature, and the logit of a key of value 0; for dot the sharpness of the logits;
-RECALL_TEMPERATURE, RECALL_SINK, RECALL_SHARPNESS = 1e-4, -4.0, 3.0
-RECALL_STD = {"tau": 4.0, "dot": 1.0}  # their matrix, whose scale an energy does not know: the larger, the slower it turns;
+# Where recall heads start: their matrix; for tau the temperature, and the logit of a key of value 0; for dot the sharpness of the logits;
+RECALL_STD, RECALL_TEMPERATURE, RECALL_SINK, RECALL_SHARPNESS = 1.0, 1e-4, -4.0, 3.0
 RECALL_HOLD = {"tau": -6.0, "dot": -1.0}  # and the logit of what a vector keeps of the one before
 
 
@@ -363,7 +362,7 @@ class Tauformer(nn.Module):
             if weight.ndim == 2 and not name.endswith("taps"):
                 residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
                 std = INIT_STD / math.sqrt(2 * self.config.n_layer) if residual else INIT_STD
-                nn.init.normal_(weight, std=RECALL_STD[self.config.attention] if name.endswith("recall.weight") else std)
+                nn.init.normal_(weight, std=RECALL_STD if name.endswith("recall.weight") else std)
 
     def rotary(self, start, stop):
         if stop <= self.config.block_size:

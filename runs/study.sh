@@ -57,9 +57,7 @@ tau, published, chain           | --laplacian=DATA/chain.parquet
 tau, published, complete graph  | --laplacian=DATA/complete.parquet
 
 tau + all, 8 heads, 4 recall                     | $best --local_heads=3 --recall_heads=4
-tau + all, 16 heads, 8 recall                    | $best --n_head=16 --local_heads=6 --recall_heads=8
 dot + all, 8 heads, 4 recall                     | --attention=dot $of_both --n_head=8 --recall_heads=4
-dot + all, 16 heads, 8 recall                    | --attention=dot $of_both --n_head=16 --recall_heads=8
 tau + all, 8 heads, token vectors                | $best --embedding_init=domain
 tau + all, 8 heads, token vectors, random graph  | $best --embedding_init=domain --laplacian=DATA/random.parquet
 EOF
