@@ -5,6 +5,7 @@ import codecs
 import difflib
 import errno
 import fcntl
+import glob
 import io
 import json
 import math
@@ -335,11 +336,25 @@ def end_output():
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def is_running(number):
+    """Whether there is a process of this number."""
+    try:
+        os.kill(number, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 @contextmanager
 def replacing(path):
     """Yield a temporary path beside `path`; when the block ends well it becomes `path`, otherwise it is removed."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # by one that was killed
+        if (number := left.name.split(".")[-2]).isdecimal() and not is_running(int(number)):
+            left.unlink(missing_ok=True)
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -392,6 +407,8 @@ def check_place(path, suffix, overwrite, option="--out"):
         raise UserError(f"folder {path.parent} {what}")
     if path.is_dir():
         raise UserError(f"{option}={path} is a folder: give the path of a file")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"cannot write to {path.parent} (permission denied): give another {option}")
     refuse_existing(path, overwrite)
 
 

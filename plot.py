@@ -240,6 +240,8 @@ def main():
         raise UserError("--bands and --idea take one output folder of train.py, each by itself")
     if not folders and args.out is None:
         raise UserError("--out=FILE.png is missing")
+    if missing := next((source for source in args.sources if not source.exists()), None):
+        raise UserError(f"{missing} does not exist: give an output folder of train.py, or the file of a Laplacian")
     out = args.out or folders[0] / ("bands.png" if args.bands else "idea.png" if args.idea else "figure.png")
     check_place(out, ".png", args.overwrite or args.out is None and drawn_here(out))
 

@@ -9,7 +9,6 @@ and one that view.py has written there before is written again. view.html, besid
 import base64
 import json
 import math
-import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -319,8 +318,6 @@ def main():
     out = args.out or path.parent / "view.html"
     mine = args.out is None and out.is_file() and GENERATOR in out.read_bytes()
     check_place(out, ".html", args.overwrite or mine)
-    if not os.access(out.parent, os.W_OK):
-        raise UserError(f"cannot write to {out.parent} (permission denied): give another --out")
     with waiting("computing the page"):
         written = page(path, text, args.data_dir)
     with replacing(out) as temporary:

@@ -313,6 +313,11 @@ class Corpus:
                 f"no corpus in {self.folder} ({Path(error.filename).name} is missing): make it with "
                 f"`python data/{made} --out_dir={self.folder}` (--help)"
             ) from None
+        except NotADirectoryError:
+            raise UserError(
+                f"{self.folder} is a file, and not a prepared corpus: make one of it with `python data/text/prepare.py {self.folder} "
+                "--out_dir=DIR`, and give that"
+            ) from None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"damaged corpus in {self.folder} ({error}): prepare it again with --overwrite") from None
         if not whole:

@@ -8,9 +8,12 @@ The rotation changes no distance between documents, but a graph of features need
 feature columns are orthogonal, and no feature has neighbours. lsa.npz keeps the words and their vectors, for other texts.
 Any other --model is a sentence-transformers model, by name or by path; all-MiniLM-L6-v2 is the published run's."""
 
+import errno
 import hashlib
 import json
 import sys
+from contextlib import ExitStack
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -150,33 +153,40 @@ def main():
     for name in ("embeddings.npy", "token_embeddings.npy", "lsa.npz", "embeddings.json"):
         refuse_existing(args.data_dir / name, args.overwrite)
 
-    def write(name, save, *arrays, **named):
-        with replacing(args.data_dir / name) as temporary, open(temporary, "wb") as file:
-            save(file, *arrays, **named)
-
-    def digest(name):
-        with open(args.data_dir / name, "rb") as file:
+    def digest(path):
+        with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
+    files = {}
     texts = islice(corpus.documents("train"), args.documents)
     if args.model == "lsa":
         with waiting("counting words and reducing them to features, seconds to minutes"):
             embeddings, words, idf, vectors = lsa(texts, args.dim or 384, args.seed)
         with waiting("giving the vocabulary's tokens the vectors of their words"):
             tokens = lsa_token_embeddings(corpus.tokenizer, words, idf, vectors)
-        write("lsa.npz", np.savez, words=words, idf=idf, vectors=vectors)
+        files["lsa.npz"] = lambda file: np.savez(file, words=words, idf=idf, vectors=vectors)
     else:
         embeddings, strings = sentence_model(texts, args.model, args.dim), token_strings(corpus.tokenizer)
         tokens = sentence_model(strings, args.model)
         tokens[[not string for string in strings]] = 0
-        (args.data_dir / "lsa.npz").unlink(missing_ok=True)  # it belongs to other features
-    (args.data_dir / "embeddings.json").unlink(missing_ok=True)
-    write("token_embeddings.npy", np.save, tokens)
-    write("embeddings.npy", np.save, embeddings)
-    made = {"corpus": corpus.meta.get("sha256"), "vocabulary": digest("tokenizer.json")}
-    made |= {"model": args.model, "embeddings": digest("embeddings.npy"), "token_embeddings": digest("token_embeddings.npy")}
-    with replacing(args.data_dir / "embeddings.json") as temporary:
-        temporary.write_text(json.dumps(made, indent=1) + "\n")
+    files["token_embeddings.npy"] = partial(np.save, arr=tokens)
+    files["embeddings.npy"] = partial(np.save, arr=embeddings)
+    with ExitStack() as stack:  # left in reverse order: embeddings.json is renamed last
+        paths = {name: stack.enter_context(replacing(args.data_dir / name)) for name in ("embeddings.json", *files)}
+        for name, save in files.items():
+            with open(paths[name], "wb") as file:
+                try:
+                    save(file)
+                except OSError as error:
+                    if error.errno is not None:
+                        raise
+                    raise OSError(errno.ENOSPC, f"{args.data_dir / name} could not be written: {error} (numpy)") from None
+        made = {"corpus": corpus.meta.get("sha256"), "vocabulary": digest(args.data_dir / "tokenizer.json"), "model": args.model}
+        made |= {"embeddings": digest(paths["embeddings.npy"]), "token_embeddings": digest(paths["token_embeddings.npy"])}
+        paths["embeddings.json"].write_text(json.dumps(made, indent=1) + "\n")
+        (args.data_dir / "embeddings.json").unlink(missing_ok=True)
+        if "lsa.npz" not in files:
+            (args.data_dir / "lsa.npz").unlink(missing_ok=True)  # it belongs to other features
     print(f"{args.data_dir / 'embeddings.npy'}: {embeddings.shape[0]:,} documents, {embeddings.shape[1]} features")
 
 

@@ -62,6 +62,6 @@ show python train.py configs/own_text.toml --init_from=auto --data_dir=$data --o
     --n_head=$n_head --local_heads=$local_heads --block_size=$block_size --batch_size=$batch_size --max_steps=$max_steps \
     --warmup_steps=$warmup_steps --lr_decay_steps=$lr_decay_steps --eval_interval=$eval_interval ${settings[@]+"${settings[@]}"}
 [ -f $out/metrics.jsonl ] || exit 0  # --dry_run
-[ $out/figure.png -nt $out/metrics.jsonl ] || show python plot.py $out --overwrite
+[ $out/figure.png -nt $out/metrics.jsonl ] || show python plot.py $out
 show python sample.py $out --max_new_tokens=120
 printf '\n\nlosses, energies and Laplacian: %s/figure.png\nmore: python sample.py %s --prompt=TEXT\n' $out $out

@@ -37,15 +37,15 @@ made() {  # OUTPUT INPUT ... -- COMMAND ...: runs the command, unless it has mad
     stamp=$(python - "$@" -- "${inputs[@]}" <<'END'
 import hashlib, os, sys
 
-stamp = hashlib.sha256("\0".join(sys.argv[1:]).encode())
+stamp = hashlib.sha256(os.fsencode("\0".join(sys.argv[1:])))
 for path in sys.argv[sys.argv.index("--", 2) + 1:]:
-    if os.path.isfile(path):
+    if os.path.isfile(path) and os.access(path, os.R_OK):
         with open(path, "rb") as file:
             stamp.update(hashlib.file_digest(file, "sha256").digest())
     for folder, _, names in sorted(os.walk(path)):
         for name in sorted(names):
-            status = os.stat(os.path.join(folder, name))
-            stamp.update(f"{folder}/{name} {status.st_size} {status.st_mtime_ns}".encode())
+            status = os.lstat(os.path.join(folder, name))
+            stamp.update(os.fsencode(f"{folder}/{name} {status.st_size} {status.st_mtime_ns}"))
 print(stamp.hexdigest())
 END
 )

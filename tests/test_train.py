@@ -14,7 +14,7 @@ from conftest import ROOT, fails, metrics, ok, run_script, untimed
 from test_data import write_jsonl
 
 from build_laplacian import load_laplacian
-from common import Parser, UserError, output_folder, told, waiting
+from common import Parser, UserError, output_folder, replacing, told, waiting
 from data.corpus import Corpus
 from model import ModelConfig
 from ops import attention
@@ -250,6 +250,17 @@ def main():
 run(main)"""
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 128 + number and not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_writer_leaves_goes_with_the_next(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    kept = [".file.1.tmp", ".file.x.tmp", f".other.{ended.pid}.tmp"]  # of a process that runs, of none, of another file
+    for name in (f".file.{ended.pid}.tmp", *kept):
+        (tmp_path / name).write_text("half")
+    with replacing(tmp_path / "file") as temporary:
+        temporary.write_text("whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "file"])
 
 
 @pytest.mark.parametrize(

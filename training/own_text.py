@@ -50,7 +50,7 @@ def checked_source(source):
     if path.is_file() or path.is_dir():
         return str(path.resolve())
     if source == "-" or path.exists():
-        if "NAME" not in os.environ:
+        if not os.environ.get("NAME"):
             raise UserError(f"{'standard input' if source == '-' else source} has no name: NAME=... bash runs/own_text.sh ... gives one")
         return source if source == "-" else str(path.absolute())
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not re.search(r"\.[A-Za-z]\w*$", source):

@@ -92,7 +92,14 @@ def start(settings, given):
         torch.use_deterministic_algorithms(True)
     torch.set_float32_matmul_precision("high")  # tf32 where the device has it
 
-    corpus = Corpus(settings.data_dir)
+    try:
+        corpus = Corpus(settings.data_dir)
+    except UserError as error:
+        if stored and given.get("data_dir") != COMMAND_LINE:
+            raise UserError(
+                f"{error}; the run's checkpoint names this folder, as seen from where it ran: --data_dir=DIR gives another"
+            ) from None
+        raise
     corpus.train = corpus.train[: math.ceil(len(corpus.train) * settings.train_fraction)]
     corpus.check(corpus.val, "val")  # train.bin, which may be large, is checked batch by batch
     if state.data not in (None, corpus.meta["sha256"]) and not settings.eval_only:

@@ -135,6 +135,11 @@ def test_own_text(tmp_path):
     assert "features=16 " not in out and "max_steps=2 " in out and " --vocab_size=320 --val_fraction=0.2\n" in out
     assert (copy / "out/my_mine/figure.png").exists() and metrics(copy / "out/my_mine")[-1]["step"] == 2
     assert "$ python sample.py out/my_mine " in out and out.endswith("more: python sample.py out/my_mine --prompt=TEXT\n")
+    (copy / "folder").mkdir()
+    (copy / "folder/a.txt").write_text((copy / "README.md").read_text())
+    (copy / "folder/.#a.txt").symlink_to("me@host.1")  # as an editor leaves it
+    status, out, said = own_text("folder", "--dry_run", "--split_on=\\n", "--n_layer=1")
+    assert status == 0 and "parameters " in out, said
     piped = "".join(f"A paragraph, number {i}.\n\n" for i in range(900))
     status, out, said = own_text("-", "--dry_run", "--laplacian=data/my_mine/laplacian.parquet", stdin=piped, NAME="piped")
     assert status == 0 and "data/my_piped/piped_0 --out_dir=data/my_piped" in out and "parameters " in out, said
@@ -169,4 +174,4 @@ def test_own_text(tmp_path):
     ):
         status, _, said = own_text(*args, **settings)
         assert status == 2 and expected in said[0], said
-    assert {path.name for path in (copy / "data").glob("my_*")} == {"my_mine", "my_piped"}
+    assert {path.name for path in (copy / "data").glob("my_*")} == {"my_mine", "my_piped", "my_folder"}
