@@ -271,7 +271,7 @@ def test_where_the_words_are_not(work, tmp_path):
     (docs / "tokenizer.json").write_text("{}")
     assert "another vocabulary" in words(L, **there)[1]
     (docs / "embeddings.json").write_text("{}")
-    assert "other embeddings" in words(L, **there)[1]
+    assert "does not hold the embeddings" in words(L, **there)[1]
     for said, expected in (({"graph": "chain"}, "chain"), ({"sha256": "x", "columns": 7}, "random mixtures of the embeddings' 7")):
         Path(docs / "laplacian.json").write_text(json.dumps(said))
         assert expected in words(L, **there)[1]
