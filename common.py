@@ -461,12 +461,12 @@ def append_line(path, record):
         file.write(json.dumps(record).encode() + b"\n")
 
 
-def check_lines(path, option="--results"):
-    """Raise UserError for a file that is there and that append_line() is not meant for: a line of it begins no object."""
+def check_lines(path):
+    """Raise UserError for a file of results that is there and that append_line() is not meant for: a line of it begins no object."""
     if os.path.isfile(path):
         with open(path, "rb") as file:
             if any(not line.startswith(b'{"') for line in file):
-                raise UserError(f"{option}={path} is no JSON Lines file, to which a line could be added: give another")
+                raise UserError(f"--results={path} is no JSON Lines file, to which a line could be added: give another")
 
 
 def read_lines(path, half=False, /, **fields):

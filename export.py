@@ -180,7 +180,7 @@ def model_card(name, model, tokenizer, header, path):
     loss = "not validated yet"
     if math.isfinite(state.best_loss):
         loss = f"{state.best_loss:.4f} nats per token, perplexity {math.exp(min(state.best_loss, 700)):.2f}, on held-out text"
-        loss += "" if path.name == "best.safetensors" else " (the run's best so far, which may not be this checkpoint's)"
+        loss += "" if path.name == checkpoint_file.BEST else " (the run's best so far, which may not be this checkpoint's)"
     rows = {
         "data": f"`{settings.get('data_dir', 'unknown')}`, sha256 `{state.data}`",
         "Laplacian": f"`{settings.get('laplacian', 'unknown')}`" if config.attention == "tau" else "none",

@@ -19,6 +19,7 @@ import common  # isort: skip, for it tells of packages that are missing
 import numpy as np
 
 from common import RANK, WORLD, waiting
+from data import checkpoint_file
 from training import inputs
 
 if __name__ == "__main__":  # first of all, for importing torch takes seconds: a mistake in the command line is answered at once
@@ -166,7 +167,7 @@ def evaluate(run, log):
     if record["loss"] < state.best_loss:
         state.best_loss, state.stale = record["loss"], 0
         with averaged(run):
-            write_checkpoint(run, log, run.out_dir / "best.safetensors", checkpoint.snapshot(run.raw_model))
+            write_checkpoint(run, log, run.out_dir / checkpoint_file.BEST, checkpoint.snapshot(run.raw_model))
         if settings.tau_mode == "gradient" and state.step:
             move_tau(run, taumode.follow)
     else:

@@ -174,13 +174,12 @@ def main():
     with ExitStack() as stack:  # left in reverse order: embeddings.json is renamed last
         paths = {name: stack.enter_context(replacing(args.data_dir / name)) for name in ("embeddings.json", *files)}
         for name, save in files.items():
-            with open(paths[name], "wb") as file:
-                try:
+            try:
+                with open(paths[name], "wb") as file:
                     save(file)
-                except OSError as error:
-                    if error.errno is not None:
-                        raise
-                    raise OSError(errno.ENOSPC, f"{args.data_dir / name} could not be written: {error} (numpy)") from None
+            except OSError as error:  # which does not name the file; numpy's own, for a full disk, has no number either
+                what = f"{args.data_dir / name} could not be written: {error.strerror or error}"
+                raise OSError(error.errno or errno.ENOSPC, what) from None
         made = {"corpus": corpus.meta.get("sha256"), "vocabulary": digest(args.data_dir / "tokenizer.json"), "model": args.model}
         made |= {"embeddings": digest(paths["embeddings.npy"]), "token_embeddings": digest(paths["token_embeddings.npy"])}
         paths["embeddings.json"].write_text(json.dumps(made, indent=1) + "\n")

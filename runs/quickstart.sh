@@ -16,7 +16,7 @@ out=out/quickstart
 show python train.py configs/quickstart.toml --init_from=auto "$@"
 [ -f $out/metrics.jsonl ] || exit 0  # --dry_run
 
-show python plot.py $out --overwrite
+show python plot.py $out
 show python sample.py $out --prompt="Return the" --max_new_tokens=120
 echo
 show python view.py $out --text="Return the number of items in the list that are equal to the value, or None if the list is empty."

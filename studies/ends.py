@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import NUMBER, ROOT, Parser, UserError, append_line, run
+from common import NUMBER, ROOT, Parser, UserError, append_line, check_lines, run
 from export import export
 from studies.study import read_results
 
@@ -74,6 +74,7 @@ def main():
     for task in ("ends", "held_out"):
         if not (args.tasks / f"{task}.yaml").exists():
             raise UserError(f"no {task}.yaml in {args.tasks}: make it by `python data/ends.py {args.tasks}`")
+    check_lines(args.results)
     lines = [record for record in read_results([args.runs]) if Path(record["run"]) == args.source]
     if not lines:
         raise UserError(f"{args.runs} has no line of the run {args.source}: train it with --results={args.runs}")

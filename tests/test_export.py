@@ -10,6 +10,7 @@ import random
 import sys
 from dataclasses import asdict, fields
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -276,6 +277,10 @@ def test_the_harness(transformers, work, tmp_path, monkeypatch):
     lines = [json.loads(line) for line in (copied / "ends.jsonl").read_text().splitlines()]
     assert found["questions"] == len(lines) > 30 and f"{len(lines)} questions" in said
     assert 0 <= found["accuracy"] <= 1
+    Path("prose.txt").write_text("a text of mine")
+    monkeypatch.setattr(sys, "argv", ["ends.py", "run", "--tasks=corpus", "--runs=runs.jsonl", "--results=prose.txt"])
+    with pytest.raises(UserError, match="--results=prose.txt is no JSON Lines file"):
+        ends.main()
     shown = ends.table([{"run": f"out/docs/tau/{seed}", "seed": seed} | found | {"accuracy": seed / 4} for seed in (2, 1)])
     assert f"| tau | 0.375 | 0.250, 0.500 | {len(lines)} |" in shown and "| chance | 0.250 |" in shown
 

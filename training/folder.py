@@ -25,7 +25,7 @@ def files_of(out_dir):
     """The files of a run that the folder holds."""
     return [
         *checkpoint_file.steps(out_dir),
-        *(path for path in (Path(out_dir) / name for name in ("best.safetensors", *LOGS)) if path.exists()),
+        *(path for path in (Path(out_dir) / name for name in (checkpoint_file.BEST, *LOGS)) if path.exists()),
     ]
 
 
@@ -43,8 +43,8 @@ def is_ours(path):
 def refuse_to_replace(settings):
     """Raise UserError for an output folder that holds a run already, or is meant for something else."""
     out_dir = Path(settings.out_dir)
-    if out_dir.resolve() == ROOT or (out_dir / "meta.json").exists():
-        kind = "a corpus" if (out_dir / "meta.json").exists() else "the repository itself"
+    kind = "a corpus" if (out_dir / "meta.json").exists() else "the repository itself" if out_dir.resolve() == ROOT else None
+    if kind:
         raise UserError(f"out_dir = {settings.out_dir!r} is {kind}: give a folder of the run's own")
     held = files_of(out_dir)
     if not held and (out_dir / LINES).exists() and not is_ours(out_dir / CONFIG):

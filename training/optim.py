@@ -49,9 +49,9 @@ def clip_gradients(model, limit):
     """Scale the gradients so that their norm is `limit` at most (0: no limit). Those of what recall heads' lambdas are made of have a
     norm of their own: temperatures of 1e-4 magnify them, and in one norm they would take from all other weights most of their step.
     Returns the norm of all before. Collective."""
-    sharp = [w for name, w in model.named_parameters() if model.config.recall_heads and name.endswith(SHARP)]
-    own = set(map(id, sharp))
-    rest = [w for w in model.parameters() if id(w) not in own]
+    rest, sharp = [], []
+    for name, weight in model.named_parameters():
+        (sharp if model.config.recall_heads and name.endswith(SHARP) else rest).append(weight)
     norms = [torch.nn.utils.clip_grad_norm_(weights, limit or math.inf) for weights in (rest, sharp) if weights]
     return math.hypot(*(whole(norm).item() for norm in norms))
 

@@ -3,13 +3,16 @@ import gzip
 import json
 import lzma
 import math
+import shutil
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import fails, ok, shared_data
+from conftest import ROOT, fails, ok, shared_data
 
 from common import UserError
 from data import tokenizer as tokenizers
@@ -368,3 +371,13 @@ def test_a_corpus_is_not_overwritten_unasked(tmp_path):
     assert (tmp_path / "c" / "train.bin").read_bytes() == before
     ok(*prepare, "b.jsonl", "--overwrite", cwd=tmp_path)
     assert (tmp_path / "c" / "train.bin").read_bytes() != before
+
+
+def test_a_full_disk_leaves_the_embeddings_of_before(work, tmp_path):
+    docs = shutil.copytree(work / "docs", tmp_path / "docs")
+    before = {path.name: path.read_bytes() for path in docs.iterdir()}
+    command = f"ulimit -f 20; {sys.executable} {ROOT}/data/embed.py docs --dim=16 --overwrite"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    line = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and line == "embed.py: error: [Errno 27] docs/lsa.npz could not be written: File too large"
+    assert {path.name: path.read_bytes() for path in docs.iterdir()} == before
