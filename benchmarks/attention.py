@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from benchmarks.report import HEAD_SIZE, HEADS, TOKENS, place, write
 from common import peak_rss_mb, replacing
-from ops.attention import tau_attention
+from ops.attention import by_token, tau_attention
 from ops.dot import DOT_SCALE, dot_attention
 
 SDPA = {"sdpa": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
@@ -43,11 +43,9 @@ def operator(impl, B, T, device, form="published"):
     """(forward, forward and backward): functions without arguments, on random inputs; on a GPU q, k and v are bfloat16."""
     temperature, terms = FORMS[form]
     generator = torch.Generator().manual_seed(0)
-    q, k, v, grad = (
-        torch.randn(4, B, HEADS, T, HEAD_SIZE, generator=generator)
-        .to(device, torch.bfloat16 if device == "cuda" else torch.float32)
-        .unbind()
-    )
+    q, k, v, grad = torch.randn(4, B, HEADS, T, HEAD_SIZE, generator=generator).unbind()
+    if device == "cuda":  # laid out as a model's projections are
+        q, k, v, grad = (by_token(x.to(device, torch.bfloat16)) for x in (q, k, v, grad))
     lambda_q, lambda_k = torch.rand(2, B, HEADS, T, generator=generator).to(device).unbind()
     inputs = [lambda_q, lambda_k, v] if impl in ("naive", "tree", "walk", "triton", "grid") else [q, k, v]
     if terms and impl not in SDPA:  # gates near their start, where head h forgets 2^(-8 h / H) a step

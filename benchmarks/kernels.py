@@ -17,11 +17,11 @@ SHARED_KB = {80: 163, 90: 227}  # available to a block of threads, by compute ca
 
 FLOAT64 = "temperature decay bias sink lse grad_weight x w scale new_scale receiver_w source_w scales table_scales".split()
 FLOAT32 = (
-    "lambda_q lambda_k receiver_x source_x source_one middle factors grad_q grad_k moment values total diff weight sums ones table "
-    "table_ones losses"
+    "lambda_q lambda_k receiver_x source_x source_one middle factors grad_q grad_k moment values total diff weight sums ones table_ones "
+    "losses"
 ).split()
-INT32 = "reach receiver_order receiver_start receiver_bin source_order source_start source_bin".split()
-VALUES = "v source out spread grad dout logits".split()  # of the dtype of the values
+INT32 = "reach receiver_order receiver_start receiver_bin source_order source_start source_before".split()
+VALUES = "v source out spread grad dout logits table".split()  # of the dtype of the values
 
 
 def kernel_resources(what):
@@ -44,7 +44,6 @@ def kernel_resources(what):
         "HALF": values == "fp16",
         "INTERPRET": False,
         "BACKWARD": backward,
-        "DECAY": terms,
         "BLOCK": M,
         "M": M,
         "KB": M,
@@ -53,6 +52,7 @@ def kernel_resources(what):
         "COLS": N,
         "ONE": M > fused_triton.BLOCK,
         "CAPPED": True,
+        "FAST": values == "bf16",
         "NEEDS_GRAD": True,
     }
     if module is attention_grid:
@@ -138,18 +138,19 @@ def bench_triton(args):
     ]
     every += [("level_kernel", (*LEVEL_TILE, None), 0, "fp32", True, True, capability) for capability in SHARED_KB]
     grid = [("grid_kernel", tile) for tile in attention_grid.TILES] + [("bin_kernel", tile) for tile in attention_grid.TILES]
-    grid += [("chunk_kernel", tile) for tile in attention_grid.CHUNK_TILES] + [("scan_kernel", (attention_grid.SCAN_BINS, 1, 4))]
+    grid += [("sum_kernel", (1, *tile, None)) for tile in attention_grid.SUM_TILES]
     every += [
-        (name, (M, N, warps, 2, None), width, values, True, backward, capability)
-        for name, (M, N, warps) in grid
+        (name, (M, N, warps, 2, registers), width, values, True, backward, capability)
+        for name, (M, N, warps, registers) in grid
         for width in (64, 128)
         for values in types
         for backward in both
         for capability in SHARED_KB
     ]
     every += [
-        ("row_kernel", (block, 1, fused_triton.WARPS, 3, None), 0, values, False, True, capability)
+        ("row_kernel", (block, 1, warps, 3, None), 0, values, False, True, capability)
         for block in (fused_triton.BLOCK, fused_triton.MOST)
+        for warps in fused_triton.WARPS
         for values in types
         for capability in SHARED_KB
     ]

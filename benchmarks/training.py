@@ -5,6 +5,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import fields
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from training.config import read_settings
 from training.memory import peak_mem_mb
 
 CONFIGS = {"tau": "tau_30m.toml", "tau_best": "tau_30m_best.toml", "dot": "dot_30m.toml"}
+COMPILED_AT_A_TIME = 6
 PEAK = 989e12  # operations a second of an H100 or H200 in bfloat16, without sparsity
 
 
@@ -67,22 +69,25 @@ def bench_train_step(args):
     contenders = [*CONFIGS, *(["nanogpt"] if args.nanogpt else [])]
     if args.nanogpt and not (Path(args.nanogpt) / "model.py").exists():
         raise UserError(f"--nanogpt={args.nanogpt}: there is no model.py; give a checkout of nanoGPT")
-    rows = []
-    for T in [length for length in (1024, 4096, 16384) if length <= args.longest]:
+    rows, lengths, threads = [], [length for length in (1024, 4096, 16384) if length <= args.longest], torch.get_num_threads()
+
+    def step_of(T, contender, steps=args.steps):
         B = max(1, TOKENS[args.device] // T)
+        return in_own_process(train_step, contender, args.nanogpt, B, T, steps, args.compile, threads, args.device)
+
+    if args.compile:  # what torch.compile makes is kept on disk: several at a time here, and not while anything is measured
+        with ThreadPool(COMPILED_AT_A_TIME) as pool:
+            pool.starmap(step_of, [(T, contender, 1) for contender in contenders for T in lengths], chunksize=1)
+    for T in lengths:
         measured = {contender: [] for contender in contenders}
         for _ in tqdm(range(args.repeats), desc=f"T = {T}", disable=None):
             for contender in contenders:
-                measured[contender].append(
-                    in_own_process(
-                        train_step, contender, args.nanogpt, B, T, args.steps, args.compile, torch.get_num_threads(), args.device
-                    )
-                )
+                measured[contender].append(step_of(T, contender))
         for contender, results in measured.items():
             seconds, memory, products = (statistics.median(column) for column in zip(*results))
             row = {
                 "model": contender,
-                "B": B,
+                "B": (B := max(1, TOKENS[args.device] // T)),
                 "T": T,
                 "compile": args.compile,
                 "step_s": seconds,

@@ -24,9 +24,7 @@ from common import ROOT, first_line, note
 
 IMPLS = ("auto", "naive", "tree", "walk", "triton", "grid")
 TRITON_WIDTH = 128  # the widest head of impl="triton"
-TREE_FROM = (
-    131072  # tokens of context from which a GPU with triton takes the tree; up to 65,536 tiles are faster: results/attention_cuda.json
-)
+GRID_FROM = 8192  # tokens of context from which a GPU with triton takes the grid: results/attention_cuda.json
 LEAF = 32  # tree: blocks of at most this many tokens are summed directly, pair by pair
 NOTHING = -1e30  # stands for log 0, the log of an empty sum
 
@@ -78,9 +76,9 @@ def tau_attention(lambda_q, lambda_k, v, temperature, log_decay=None, key_bias=N
     with torch.autocast(v.device.type, enabled=False):
         slope = log_decay is not None and log_decay.ndim == 1
         double = v.dtype is torch.float64 or slope and impl == "walk"  # a slope's gradient sums over T^2 / 2 lags
-        inputs = [x.to(torch.float64 if double else torch.float32) for x in (lambda_q, lambda_k, v)]
-        if impl in ("triton", "grid") and v.dtype in (torch.bfloat16, torch.float16):
-            inputs[2] = v
+        dtype = torch.float64 if double else torch.float32
+        half = impl in ("triton", "grid") and v.dtype in (torch.bfloat16, torch.float16)
+        inputs = [lambda_q.to(dtype), lambda_k.to(dtype), v if half else v.to(dtype)]
         if impl == "naive":
             return naive(*inputs, temperature, log_decay, key_bias, sink).to(v.dtype)
         scalar = finest(v.device)  # dtype of positions and log weights
@@ -243,8 +241,10 @@ def fast_attention_backward(
 def _(lambda_q, lambda_k, v, temperature, decay, bias, sink, impl):
     (B, H, T), D = lambda_q.shape, v.shape[-1]
     out, lse = v.new_empty(B, T, H, D).transpose(1, 2), temperature.new_empty(B, H, T)
-    if impl in ("triton", "grid"):
+    if impl == "triton":
         return out, lse, v.new_empty(2, B, H, T, D), lambda_q.new_empty(B, H, 2)
+    if impl == "grid":
+        return out, lse, v.new_empty(2, B, H, T, D), v.new_empty(2, B, H, T, dtype=torch.int32)
     return out, lse, v.new_empty(B, H, T, D), v.new_empty(B, H, T)
 
 
@@ -327,8 +327,8 @@ def fastest(device, context):
 
 
 def long_from(device):
-    """The context, in tokens, from which a device other than a CPU takes the tree."""
-    return TREE_FROM if device == "cuda" and gpu_kernels() else 4096
+    """The context, in tokens, from which a device other than a CPU takes the grid, or where it cannot the tree."""
+    return GRID_FROM if device == "cuda" and gpu_kernels() else 4096
 
 
 # torch.compile calls these once and does not trace them: torch.compiler.assume_constant_result, without the seconds of its import
@@ -347,7 +347,7 @@ def _fastest(device, context):  # reports its choice on standard error; cached, 
         except Exception as error:  # no compiler, or one that cannot compile this code
             impl, reason = "tree", f"attention.cpp could not be compiled: {first_line(error)}"
     else:
-        impl = "tree" if context == "long" else "triton" if tiles else "naive"
+        impl = {(True, True): "grid", (True, False): "triton", (False, True): "tree", (False, False): "naive"}[tiles, context == "long"]
         reason = f"{'from' if context == 'long' else 'below'} {long_from(device):,} tokens{' on' if context == 'long' else ''}"
         if device == "cuda" and not tiles:
             reason += ", without the package triton or a GPU of compute capability 8.0"

@@ -27,10 +27,10 @@ part() {  # NAME SECONDS COMMAND ...
 
 for name in ${PARTS:-steps attention tests decode}; do
     case $name in
-        steps) part steps 200 "$python" bench.py train_step --device=cuda --compile --repeats=1 --steps=20 ${NANOGPT:+--nanogpt="$NANOGPT"} ;;
+        steps) part steps 240 "$python" bench.py train_step --device=cuda --compile --repeats=1 --steps=20 ${NANOGPT:+--nanogpt="$NANOGPT"} ;;
         attention) part attention 150 "$python" bench.py attention --device=cuda --repeats=3 ;;
         decode) part decode 120 "$python" bench.py decode --device=cuda --repeats=2 ;;
-        tests) part tests 120 "$python" -m pytest -q -m cuda tests ;;
+        tests) part tests 120 "$python" -m pytest -q -m cuda -n 8 tests ;;
         *) echo "$0: PARTS=\"$PARTS\" must be of steps, attention, tests and decode" >&2; exit 2 ;;
     esac
 done
