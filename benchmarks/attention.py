@@ -35,7 +35,7 @@ OF_FORMS = (
 )  # dot_gate: dot product with gate and bias; fla: flash-linear-attention's gate
 LONGEST = {
     "cpu": {"sdpa": 65536, "naive": 4096, "tree": 65536, "walk": 65536},  # beyond 4,096 dense weights no longer fit
-    "cuda": {"sdpa": 65536, "cudnn": 65536, "naive": 2048, "tree": 65536, "triton": 65536, "grid": 65536},
+    "cuda": {"sdpa": 65536, "cudnn": 65536, "naive": 2048, "triton": 65536, "grid": 65536},
 }
 
 

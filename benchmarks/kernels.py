@@ -21,7 +21,7 @@ FLOAT32 = (
     "losses"
 ).split()
 INT32 = "reach receiver_order receiver_start receiver_bin source_order source_start source_before".split()
-VALUES = "v source out spread grad dout logits table".split()  # of the dtype of the values
+VALUES = "v source out spread grad dout logits".split()  # of the dtype of the values
 
 
 def kernel_resources(what):
@@ -62,7 +62,7 @@ def kernel_resources(what):
     if module is attention_triton and name != "level_kernel" and not terms:
         constants |= dict.fromkeys(("decay", "bias", "reach", "sink"))
     types = {**dict.fromkeys(VALUES, values), **dict.fromkeys(FLOAT32, "fp32"), **dict.fromkeys(FLOAT64, "fp64")}
-    types |= {**dict.fromkeys(INT32, "i32"), "order": "i64", "targets": "i64"}
+    types |= {**dict.fromkeys(INT32, "i32"), "order": "i64", "targets": "i64", "table": values if backward else "fp32"}
     if name == "level_kernel":
         types["weight"] = "fp64"
     scalars = {"sign": "fp32", "softcap": "fp32"}

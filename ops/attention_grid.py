@@ -4,9 +4,9 @@ The notation is that of attention_triton.py: receivers sum up rows of sources; i
 keys, in the backward pass keys receive the rows (dout_i, -delta_i) of queries. With x = lambda / temperature and the log weights
 w (of a key bias_j - c_j, of a query c_i, in the backward pass less lse_i) the exponent of a pair is w_r + w_s - |x_r - x_s|.
 
-A chunk is C consecutive tokens. A bin is a run of equally many items in the merged order of all keys and queries by lambda (keys first
-at ties); the items of a bin are kept in the order of time. A receiver's sources, those of its past (backward: of its future), are split
-in three:
+A chunk is C consecutive tokens. A bin is a run of about equally many items in the merged order of all keys and queries by lambda (keys
+first at ties), cut where a sample of them says; the items of a bin are kept in the order of time. A receiver's sources, those of its past
+(backward: of its future), are split in three:
 
     the same chunk                    tile by tile, by definition (grid_kernel)
     another chunk, the same bin       tile by tile over the bin's items, masked by chunk (bin_kernel)
@@ -20,8 +20,8 @@ The rows are running sums over each bin's sources in the order of time (backward
     down = sum_s exp(w_s - x_s - m) row_s      which counts exp(w_r + x_r + m) times
 
 m, the greatest exponent in the sum, is kept beside it in float64: no sum overflows or vanishes, however sharp the temperature or long
-the decay. The rows are stored in the dtype of the values. A receiver sums C + 2T/K pairs at most and K rows; the running sums take
-2 T (D + 3) numbers a head. Every sum has one owner: no atomics, and the same sizes give the same bits."""
+the decay. The rows are float32, in the backward pass of the dtype of the values. A receiver sums about C + T/K pairs and K rows; the
+running sums take 2 T (D + 3) numbers a head. Every sum has one owner: no atomics, and the same sizes give the same bits."""
 
 import torch
 import triton
@@ -62,13 +62,24 @@ def zeros_of_product(M: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr, I
 
 
 @triton.jit
+def product_of_sums(P, sums, TYPE: tl.constexpr, INTERPRET: tl.constexpr):
+    """P @ sums by products of TYPE: sums that are wider are the sum of two of TYPE."""
+    high = sums.to(TYPE)
+    result = product(P, high, INTERPRET)
+    if sums.dtype != TYPE:
+        result += product(P, (sums - high.to(sums.dtype)).to(TYPE), INTERPRET)
+    return result
+
+
+@triton.jit
 def tile(plus, minus, one_plus, one_minus, scale, x, w, s, seen, sharpness, source_x, source_w, source_one, source, source_t, d, T,
          D: tl.constexpr, WIDTH: tl.constexpr, BACKWARD: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
     """Add the sources s (N,) to the receivers' sums where seen (M, N). The sums are in units of exp(scale)."""
     row = rows(source, s, d, source_t, T, D, WIDTH, False)
     y, u, one = entries(source_x, s, T, 0.0), entries(source_w, s, T, 0.0), entries(source_one, s, T, 0.0)
     distance = x[:, None] - y[None, :]
-    (w_a, w_b), (u_a, u_b) = split(w), split(u)  # with a decay two running sums, whose difference is small
+    w_a, w_b = split(w)  # with a decay two running sums, whose difference is small
+    u_a, u_b = split(u)
     e = (w_a[:, None] + u_a[None, :]) + (w_b[:, None] + u_b[None, :])
     e = tl.where(seen, e - tl.abs(distance) * sharpness, float("-inf"))
     higher = tl.maximum(scale, tl.max(e, 1))
@@ -89,23 +100,46 @@ def tile(plus, minus, one_plus, one_minus, scale, x, w, s, seen, sharpness, sour
     return plus, minus, one_plus, one_minus, higher
 
 
-def rank_kernel(merged, bins, T, size, BLOCK: tl.constexpr):
-    """Writes the bins of keys and queries, (2, heads, T), whose merged order is merged (heads, 2T): size of them a bin."""
-    head, heads = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    item = tl.load(merged + head * 2 * T + place, mask=place < 2 * T, other=0)
-    tl.store(bins + tl.where(item < T, head * T + item, (heads + head) * T + item - T), place // size, mask=place < 2 * T)
+@triton.jit
+def places(lambda_q, lambda_k, t, mask, side):
+    """Where the items t of a side, 0 for keys and 1 for queries, stand in the merged order, int64: by lambda, at ties keys first, then by
+    time."""
+    x = tl.load(lambda_k + t, mask=mask & (side == 0), other=0.0) + tl.load(lambda_q + t, mask=mask & (side == 1), other=0.0)
+    bits = (x + 0.0).to(tl.int32, bitcast=True)  # adds 0, which makes 0 of -0
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # in the order of the numbers
+    return (bits.to(tl.int64) << 32) | (side.to(tl.int64) << 31) | t.to(tl.int64)
 
 
-def count_kernel(bins, counts, T, K, C: tl.constexpr, KB: tl.constexpr):
-    """Writes how many items of a chunk each bin holds, counts (heads, chunks, K)."""
-    head, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+def sample_kernel(lambda_q, lambda_k, sample, H, KEYS, T, S, SAMPLE: tl.constexpr):
+    """Writes the places of S of a head's 2T items, in order: sample (heads, SAMPLE)."""
+    head = tl.program_id(0).to(tl.int64)
+    lambda_q, lambda_k = lambda_q + head * T, lambda_k + (head // H * KEYS + head % H // (H // KEYS)) * T
+    n = tl.arange(0, SAMPLE)
+    item = n.to(tl.int64) * 2 * T // S
+    place = places(lambda_q, lambda_k, item % T, n < S, (item // T).to(tl.int32))
+    tl.store(sample + head * SAMPLE + n, tl.sort(tl.where(n < S, place, 0x7FFFFFFFFFFFFFFF)))
+
+
+def count_kernel(lambda_q, lambda_k, sample, bins, counts, H, KEYS, T, K, S,
+                 SAMPLE: tl.constexpr, C: tl.constexpr, KB: tl.constexpr):  # fmt: skip
+    """Writes the bins of a chunk's keys or queries, bins (2, heads, T), and how many each bin has, counts (2, heads, chunks, K). A bin
+    begins at every K-th part of the sample."""
+    head, chunk, side = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    lambda_q, lambda_k = lambda_q + head * T, lambda_k + (head // H * KEYS + head % H // (H // KEYS)) * T
     t = chunk * C + tl.arange(0, C)
-    b = tl.load(bins + head * T + t, mask=t < T, other=-1)
+    place = places(lambda_q, lambda_k, t, t < T, side + tl.zeros([C], tl.int32))
+    b = tl.zeros([C], tl.int32)
+    for first in range(0, K, KB):
+        k = first + tl.arange(0, KB)
+        begin = tl.load(sample + head * SAMPLE + k * S // K, mask=k < K, other=0)
+        b += tl.sum(((begin[None, :] <= place[:, None]) & ((k > 0) & (k < K))[None, :]).to(tl.int32), 1)
+    b = tl.where(t < T, b, -1)
+    row = side * tl.num_programs(0) + head
+    tl.store(bins + row * T + t, b, mask=t < T)
     for first in range(0, K, KB):
         k = first + tl.arange(0, KB)
         count = tl.sum((b[None, :] == k[:, None]).to(tl.int32), 1)
-        tl.store(counts + (head * tl.num_programs(1) + chunk) * K + k, count, mask=k < K)
+        tl.store(counts + (row * tl.num_programs(1) + chunk) * K + k, count, mask=k < K)
 
 
 def before_kernel(counts, before, chunks, K, R: tl.constexpr, KB: tl.constexpr):
@@ -142,9 +176,6 @@ def bin_kernel(receiver_x, receiver_w, receiver_order, receiver_start, source_x,
     head, k = tl.program_id(0).to(tl.int64), tl.program_id(1)
     heads = tl.num_programs(0).to(tl.int64)
     receiver_start += head * (K + 1) + k
-    first, last = tl.load(receiver_start) + tl.program_id(2) * M, tl.load(receiver_start + 1)
-    if first >= last:
-        return
     b, h = head // H, head % H
     receiver_x += (b * RECEIVERS + h // (H // RECEIVERS)) * T
     source_x += (b * SOURCES + h // (H // SOURCES)) * T
@@ -155,38 +186,39 @@ def bin_kernel(receiver_x, receiver_w, receiver_order, receiver_start, source_x,
     source_before += head * (tl.cdiv(T, C) + 1) * K + k
     sharpness = (1 / tl.load(temperature + h)).to(tl.float32)
     d = tl.arange(0, WIDTH)
-    place = first + tl.arange(0, M)
-    r = tl.load(receiver_order + place, mask=place < last, other=T)
-    x, w = entries(receiver_x, r, T, 0.0), entries(receiver_w, r, T, 0.0)
-    zeros = zeros_of_product(M, WIDTH, source.dtype.element_ty, INTERPRET)
-    x, w = x + zeros, w + zeros
-    begin, end = tl.load(source_start), tl.load(source_start + 1)
-    if BACKWARD:  # the chunks after that of the first receiver
-        begin += tl.load(source_before + (tl.load(receiver_order + first) // C + 1) * K)
-    else:  # those before that of the last
-        end = begin + tl.load(source_before + tl.load(receiver_order + tl.minimum(first + M, last) - 1) // C * K)
-    plus = tl.zeros([M, WIDTH], tl.float32)
-    minus = tl.zeros([M, WIDTH], tl.float32)
-    one_plus = tl.zeros([M], tl.float32)
-    one_minus = tl.zeros([M], tl.float32)
-    scale = tl.full([M], NOTHING, tl.float32)
-    for start in range(begin, end, N):
-        at = start + tl.arange(0, N)
-        s = tl.load(source_order + at, mask=at < end, other=T)
-        seen = (s // C)[None, :] > (r // C)[:, None] if BACKWARD else (s // C)[None, :] < (r // C)[:, None]
-        seen = seen & (at < end)[None, :]
-        plus, minus, one_plus, one_minus, scale = tile(
-            plus, minus, one_plus, one_minus, scale, x, w, s, seen, sharpness, source_x, source_w, source_one, source, source_t, d, T,
-            D, WIDTH, BACKWARD, INTERPRET)  # fmt: skip
-    r = r.to(tl.int64)
-    inside = (r < T)[:, None] & (d < D)[None, :]
-    to = sums + (head * T + r)[:, None] * D + d[None, :]
-    tl.store(to, plus, mask=inside)
-    tl.store(to + heads * T * D, minus, mask=inside)
-    to = ones + head * T + r
-    tl.store(to, one_plus, mask=r < T)
-    tl.store(to + heads * T, one_minus, mask=r < T)
-    tl.store(to + 2 * heads * T, scale, mask=r < T)
+    last = tl.load(receiver_start + 1)
+    for first in range(tl.load(receiver_start) + tl.program_id(2) * M, last, tl.num_programs(2) * M):
+        place = first + tl.arange(0, M)
+        r = tl.load(receiver_order + place, mask=place < last, other=T)
+        x, w = entries(receiver_x, r, T, 0.0), entries(receiver_w, r, T, 0.0)
+        zeros = zeros_of_product(M, WIDTH, source.dtype.element_ty, INTERPRET)
+        x, w = x + zeros, w + zeros
+        begin, end = tl.load(source_start), tl.load(source_start + 1)
+        if BACKWARD:  # the chunks after that of the first receiver
+            begin += tl.load(source_before + (tl.load(receiver_order + first) // C + 1) * K)
+        else:  # those before that of the last
+            end = begin + tl.load(source_before + tl.load(receiver_order + tl.minimum(first + M, last) - 1) // C * K)
+        plus = tl.zeros([M, WIDTH], tl.float32)
+        minus = tl.zeros([M, WIDTH], tl.float32)
+        one_plus = tl.zeros([M], tl.float32)
+        one_minus = tl.zeros([M], tl.float32)
+        scale = tl.full([M], NOTHING, tl.float32)
+        for start in range(begin, end, N):
+            at = start + tl.arange(0, N)
+            s = tl.load(source_order + at, mask=at < end, other=T)
+            seen = (s // C)[None, :] > (r // C)[:, None] if BACKWARD else (s // C)[None, :] < (r // C)[:, None]
+            seen = seen & (at < end)[None, :]
+            plus, minus, one_plus, one_minus, scale = tile(
+                plus, minus, one_plus, one_minus, scale, x, w, s, seen, sharpness, source_x, source_w, source_one, source, source_t, d, T,
+                D, WIDTH, BACKWARD, INTERPRET)  # fmt: skip
+        inside, r64 = (r < T)[:, None] & (d < D)[None, :], r.to(tl.int64)
+        to = sums + (head * T + r64)[:, None] * D + d[None, :]
+        tl.store(to, plus, mask=inside)
+        tl.store(to + heads * T * D, minus, mask=inside)
+        to_one = ones + head * T + r64
+        tl.store(to_one, one_plus, mask=r < T)
+        tl.store(to_one + heads * T, one_minus, mask=r < T)
+        tl.store(to_one + 2 * heads * T, scale, mask=r < T)
 
 
 def sum_kernel(source_x, source_w, source_one, source_order, source_start, source, temperature, table, ones, scales,
@@ -259,7 +291,8 @@ def grid_kernel(receiver_x, receiver_w, receiver_bin, source_x, source_w, source
 
     chunk, position = first // C, x.to(tl.float64) * fine
     edge = tl.load(receiver_w + first)  # so that no sum is of great numbers
-    (up_a, up_b), (down_a, down_b) = split(w - edge - position), split(w - edge + position)
+    up_a, up_b = split(w - edge - position)
+    down_a, down_b = split(w - edge + position)
     bin = tl.load(receiver_bin + head * T + r, mask=r < T, other=0) + zeros.to(tl.int32)
     source_start, source_before = source_start + head * (K + 1), source_before + (head * (tl.cdiv(T, C) + 1) + chunk) * K
     for start in range(0, K, N):
@@ -274,25 +307,25 @@ def grid_kernel(receiver_x, receiver_w, receiver_bin, source_x, source_w, source
         at = head * T + at
         m_a, m_b = split(tl.load(table_scales + at, mask=there, other=0.0) + edge)
         n_a, n_b = split(tl.load(table_scales + heads * T + at, mask=there, other=0.0) + edge)
-        below = k[None, :] < bin[:, None]
-        e = tl.where(below, up_a[:, None] + m_a[None, :], down_a[:, None] + n_a[None, :])
-        e += tl.where(below, up_b[:, None] + m_b[None, :], down_b[:, None] + n_b[None, :])
+        lower = k[None, :] < bin[:, None]
+        e = tl.where(lower, up_a[:, None] + m_a[None, :], down_a[:, None] + n_a[None, :])
+        e += tl.where(lower, up_b[:, None] + m_b[None, :], down_b[:, None] + n_b[None, :])
         e = tl.where((k[None, :] != bin[:, None]) & there[None, :], e, float("-inf"))
         higher = tl.maximum(scale, tl.max(e, 1))
-        P, kept = tl.exp(e - higher[:, None]).to(table.dtype.element_ty).to(tl.float32), tl.exp(scale - higher)
+        P, kept = tl.exp(e - higher[:, None]).to(source.dtype.element_ty).to(tl.float32), tl.exp(scale - higher)
         plus, minus, one_plus, one_minus, scale = plus * kept[:, None], minus * kept[:, None], one_plus * kept, one_minus * kept, higher
-        P_up, P_down = tl.where(below, P, 0.0), tl.where(below, 0.0, P)
+        P_up, P_down = tl.where(lower, P, 0.0), tl.where(lower, 0.0, P)
         mask = there[:, None] & (d < D)[None, :]
         row_up = tl.load(table + at[:, None] * D + d[None, :], mask=mask, other=0.0)
         row_down = tl.load(table + (heads * T + at)[:, None] * D + d[None, :], mask=mask, other=0.0)
         one_up = tl.load(table_ones + at, mask=there, other=0.0)[None, :]
         one_down = tl.load(table_ones + heads * T + at, mask=there, other=0.0)[None, :]
+        below, one_below = product_of_sums(P_up, row_up, source.dtype.element_ty, INTERPRET), tl.sum(P_up * one_up, 1)
+        above, one_above = product_of_sums(P_down, row_down, source.dtype.element_ty, INTERPRET), tl.sum(P_down * one_down, 1)
         if BACKWARD:  # plus: the query is above the key
-            plus, one_plus = plus + product(P_down, row_down, INTERPRET), one_plus + tl.sum(P_down * one_down, 1)
-            minus, one_minus = minus + product(P_up, row_up, INTERPRET), one_minus + tl.sum(P_up * one_up, 1)
+            plus, minus, one_plus, one_minus = plus + above, minus + below, one_plus + one_above, one_minus + one_below
         else:
-            plus, one_plus = plus + product(P_up, row_up, INTERPRET), one_plus + tl.sum(P_up * one_up, 1)
-            minus, one_minus = minus + product(P_down, row_down, INTERPRET), one_minus + tl.sum(P_down * one_down, 1)
+            plus, minus, one_plus, one_minus = plus + below, minus + above, one_plus + one_below, one_minus + one_above
 
     begin, end = (first, tl.minimum(chunk * C + C, T)) if BACKWARD else (chunk * C, tl.minimum(first + M, T))
     for start in range(begin, end, N):
@@ -328,8 +361,8 @@ def grid_kernel(receiver_x, receiver_w, receiver_bin, source_x, source_w, source
 
 # (M receivers, N sources, warps, most registers per thread): autotuning picks one for bin_kernel and grid_kernel each; (N sources, warps)
 # of sum_kernel
-TILES, SUM_TILES = [(64, 32, 4, 168), (64, 32, 4, None), (64, 64, 8, None), (32, 32, 4, None)], [(64, 4), (32, 4), (64, 8)]
-CHUNK, RANK_BLOCK, COUNT_BINS, BEFORE_CHUNKS, BEFORE_BINS = 64, 1024, 64, 64, 16
+TILES, SUM_TILES = [(64, 32, 4, 168), (64, 32, 4, None), (64, 64, 8, None), (64, 32, 8, 128)], [(64, 4), (32, 4), (64, 8)]
+CHUNK, SAMPLE, COUNT_BINS, BEFORE_CHUNKS, BEFORE_BINS = 64, 2048, 64, 64, 16
 
 
 def launcher(kernel, tiles):
@@ -347,12 +380,13 @@ PAIRS = [({"M": M, "N": N}, warps, registers) for M, N, warps, registers in TILE
 SUMS = [({"N": N}, warps, None) for N, warps in SUM_TILES]
 launch_bins, launch_grid = launcher(bin_kernel, PAIRS), launcher(grid_kernel, PAIRS)
 launch_sums = launcher(sum_kernel, SUMS)
-launch_rank, launch_count, launch_before, launch_order = map(triton.jit, (rank_kernel, count_kernel, before_kernel, order_kernel))
+launch_sample, launch_count = triton.jit(sample_kernel), triton.jit(count_kernel)
+launch_before, launch_order = triton.jit(before_kernel), triton.jit(order_kernel)
 
 
 def sizes(T):
     """(C, K): tokens a chunk, a multiple of every M, and bins."""
-    return CHUNK, 1 << max(4, round((T.bit_length() - 1) / 2))
+    return CHUNK, 1 << max(4, (T.bit_length() - 1) // 2 - 1)
 
 
 class Bins:
@@ -360,31 +394,18 @@ class Bins:
     (B, H, T), the tokens by bin and, in a bin, by time; start (B, H, K + 1), where in it each bin begins; before (B, H, chunks + 1, K),
     how many of a bin are in the chunks before each."""
 
-    def __init__(self, bins, C, K):
-        """bins (2, B, H, T) int32: of keys and of queries."""
-        self.C, self.K, (_, B, H, T) = C, K, bins.shape
-        chunks = triton.cdiv(T, C)
-        counts, before = bins.new_empty(2, B, H, chunks, K), bins.new_empty(2, B, H, chunks + 1, K)
-        launch_count[2 * B * H, chunks](bins, counts, T, K, C, COUNT_BINS)
-        launch_before[2 * B * H, triton.cdiv(K, BEFORE_BINS)](counts, before, chunks, K, BEFORE_CHUNKS, BEFORE_BINS)
-        start = torch.nn.functional.pad(before[..., -1, :].cumsum(-1, dtype=torch.int32), (1, 0))
-        order = torch.empty_like(bins)
-        launch_order[2 * B * H, chunks](bins, start, before, order, T, K, C)
-        self.bin, self.order, self.start, self.before = bins, order, start, before
-
-
-def bins_of(lambda_q, lambda_k, K):
-    """(2, B, H, T) int32: the bins of keys and of queries, of which K have equally many items."""
-    B, H, T = lambda_q.shape
-    items = torch.cat([lambda_k.repeat_interleave(H // lambda_k.shape[1], 1), lambda_q], -1)
-    merged = items.sort(dim=-1, stable=True)[1]  # at ties keys, which come first, are below
-    bins = torch.empty(2, B, H, T, dtype=torch.int32, device=items.device)
-    launch_rank[B * H, triton.cdiv(2 * T, RANK_BLOCK)](merged, bins, T, bin_size(T, K), RANK_BLOCK)
-    return bins
-
-
-def bin_size(T, K):
-    return triton.cdiv(2 * T, K)
+    def __init__(self, lambda_q, lambda_k):
+        (B, H, T), KEYS = lambda_q.shape, lambda_k.shape[1]
+        self.C, self.K = C, K = sizes(T)
+        chunks, S, numbers = triton.cdiv(T, C), min(SAMPLE, 2 * T), dict(dtype=torch.int32, device=lambda_q.device)
+        sample = torch.empty(B, H, SAMPLE, dtype=torch.int64, device=lambda_q.device)
+        self.bin, self.order, self.before = (torch.empty(2, B, H, *shape, **numbers) for shape in ((T,), (T,), (chunks + 1, K)))
+        counts = torch.empty(2, B, H, chunks, K, **numbers)
+        launch_sample[(B * H,)](lambda_q, lambda_k, sample, H, KEYS, T, S, SAMPLE)
+        launch_count[B * H, chunks, 2](lambda_q, lambda_k, sample, self.bin, counts, H, KEYS, T, K, S, SAMPLE, C, COUNT_BINS)
+        launch_before[2 * B * H, triton.cdiv(K, BEFORE_BINS)](counts, self.before, chunks, K, BEFORE_CHUNKS, BEFORE_BINS)
+        self.start = torch.nn.functional.pad(self.before[..., -1, :].cumsum(-1, dtype=torch.int32), (1, 0))
+        launch_order[2 * B * H, chunks](self.bin, self.start, self.before, self.order, T, K, C)
 
 
 def sums(lambda_q, lambda_k, weights, one, source, v, temperature, outputs, bins, backward):
@@ -395,10 +416,11 @@ def sums(lambda_q, lambda_k, weights, one, source, v, temperature, outputs, bins
     group_s = 1 if backward else group  # query heads that share a head of `source`
     heads, shapes = (x[r].shape[1], x[s].shape[1]), dict(dtype=torch.float32, device=v.device)
     part, ones = torch.empty(2, B, H, T, D, **shapes), torch.empty(3, B, H, T, **shapes)
-    table, table_ones = v.new_empty(2, B, H, T, D), torch.empty(2, B, H, T, **shapes)
+    table = torch.empty(2, B, H, T, D, dtype=v.dtype if backward else torch.float32, device=v.device)
+    table_ones = torch.empty(2, B, H, T, **shapes)
     scales = torch.empty_like(table_ones, dtype=torch.float64)
     launch_bins(
-        lambda tile: (B * H, K, triton.cdiv(bin_size(T, K), tile["M"])),
+        lambda tile: (B * H, K, triton.cdiv(2 * T, K * tile["M"])),
         x[r], weights[r], bins.order[r], bins.start[r], x[s], weights[s], one, bins.order[s], bins.start[s], bins.before[s], source,
         temperature, part, ones, *strides(source), H, *heads, group_s, T, C, K, D, width(D), backward, INTERPRETED)  # fmt: skip
     launch_sums(
@@ -423,28 +445,26 @@ def log_weights(lambda_q, temperature, decay, bias):
 def forward(lambda_q, lambda_k, v, temperature, decay, bias, sink=None):
     """As attention_triton.forward()."""
     (B, H, T), D = lambda_q.shape, v.shape[-1]
-    C, K = sizes(T)
-    bins = bins_of(lambda_q, lambda_k, K)
     out, lse = v.new_empty(B, T, H, D).transpose(1, 2), temperature.new_empty(B, H, T)
     spread = v.new_empty(2, B, H, T, D)
     sums(lambda_q, lambda_k, log_weights(lambda_q, temperature, decay, bias), torch.ones_like(lambda_q), v, v, temperature,
-         (out, lse, spread, None, None, None, sink), Bins(bins, C, K), False)  # fmt: skip
-    return out, lse, spread, bins
+         (out, lse, spread, None, None, None, sink), Bins(lambda_q, lambda_k), False)  # fmt: skip
+    return out, lse, spread, lambda_q.new_zeros(B, H, 2)
 
 
-def backward(grad, lambda_q, lambda_k, v, temperature, decay, bias, out, lse, spread, bins):
+def backward(grad, lambda_q, lambda_k, v, temperature, decay, bias, out, lse, spread, middle):
     (B, H, T), D = lambda_q.shape, v.shape[-1]
     group = H // v.shape[1]
     factors, weight, moment = lambda_q.new_empty(B, H, padded(T), 4), lambda_q.new_empty(B, H, T), lambda_q.new_empty(2, B, H, T)
     grad_q, grad_k, grad_weight = torch.empty_like(lambda_q), torch.empty_like(lambda_q), temperature.new_empty(B, H, T)
     source, grad_v = v.new_empty(B, H, padded(T), D), (v if group == 1 else lambda_q).new_empty(B, T, H, D).transpose(1, 2)
     launch_queries[B * H, padded(T) // QUERIES_BLOCK](
-        lambda_q, temperature, out, lse, spread, lambda_q.new_zeros(B, H, 2), grad, factors, weight, source, grad_q, moment[0],
+        lambda_q, temperature, out, lse, spread, middle, grad, factors, weight, source, grad_q, moment[0],
         *strides(out, grad), H, T, D, width(D), PAD, QUERIES_BLOCK)  # fmt: skip
     one = factors[:, :, :T, 3].contiguous()
     of_keys, of_queries = log_weights(lambda_q, temperature, decay, bias)
     sums(lambda_q, lambda_k, (of_keys, of_queries - lse), one, source, v, temperature,
-         (grad_v, None, None, grad_k, grad_weight, moment[1], None), Bins(bins, *sizes(T)), True)  # fmt: skip
+         (grad_v, None, None, grad_k, grad_weight, moment[1], None), Bins(lambda_q, lambda_k), True)  # fmt: skip
     if group > 1:
         grad_k = grad_k.unflatten(1, (-1, group)).sum(2)
         grad_v = grad_v.transpose(1, 2).unflatten(2, (-1, group)).sum(3).to(v.dtype).transpose(1, 2)
