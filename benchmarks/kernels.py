@@ -15,10 +15,9 @@ from common import UserError
 SHARED_KB = {80: 163, 90: 227}  # available to a block of threads, by compute capability
 
 
-FLOAT64 = "temperature decay bias sink lse grad_weight x w scale new_scale receiver_w source_w scales table_scales".split()
+FLOAT64 = "temperature decay bias sink lse grad_weight receiver_w source_w scales table_scales".split()
 FLOAT32 = (
-    "lambda_q lambda_k receiver_x source_x source_one middle factors grad_q grad_k moment values total diff weight sums ones table_ones "
-    "losses"
+    "lambda_q lambda_k receiver_x source_x source_one middle factors grad_q grad_k moment weight sums ones table_ones losses"
 ).split()
 INT32 = "reach receiver_order receiver_start receiver_bin source_order source_start source_before".split()
 VALUES = "v source out spread grad dout logits".split()  # of the dtype of the values
@@ -48,24 +47,18 @@ def kernel_resources(what):
         "M": M,
         "KB": M,
         "N": N,
-        "C": M,
-        "COLS": N,
         "ONE": M > fused_triton.BLOCK,
         "CAPPED": True,
         "FAST": values == "bf16",
         "NEEDS_GRAD": True,
     }
-    if module is attention_grid:
-        del constants["C"]  # there an argument: tokens a chunk
     if name in ("sums_kernel", "grid_kernel"):
         constants |= dict.fromkeys(("lse", "spread", "sink") if backward else ("grad_k", "grad_weight", "moment"))
-    if module is attention_triton and name != "level_kernel" and not terms:
+    if module is attention_triton and not terms:
         constants |= dict.fromkeys(("decay", "bias", "reach", "sink"))
     types = {**dict.fromkeys(VALUES, values), **dict.fromkeys(FLOAT32, "fp32"), **dict.fromkeys(FLOAT64, "fp64")}
-    types |= {**dict.fromkeys(INT32, "i32"), "order": "i64", "targets": "i64", "table": values if backward else "fp32"}
-    if name == "level_kernel":
-        types["weight"] = "fp64"
-    scalars = {"sign": "fp32", "softcap": "fp32"}
+    types |= {**dict.fromkeys(INT32, "i32"), "targets": "i64", "table": values if backward else "fp32"}
+    scalars = {"softcap": "fp32"}
     signature = {p: "constexpr" if p in constants else "*" + types[p] if p in types else scalars.get(p, "i32") for p in kernel.arg_names}
     aligned = {
         (i,): [["tt.divisibility", 16]]
@@ -111,7 +104,7 @@ def bench_triton(args):
     """Compile every kernel with every tile that autotuning may choose, ahead of time. Raises UserError if one does not fit."""
     try:
         from ops import attention_grid, fused_triton
-        from ops.attention_triton import KEYS_BLOCK, LEVEL_TILE, QUERIES_BLOCK, TILES
+        from ops.attention_triton import KEYS_BLOCK, QUERIES_BLOCK, TILES
     except ImportError as error:
         raise UserError(f"triton needs the package triton: pip install triton==3.9.0 ({error})") from None
     types, both, default = ("bf16", "fp32"), (False, True), (1, 4, 3, None)
@@ -136,7 +129,6 @@ def bench_triton(args):
         for values in types
         for capability in SHARED_KB
     ]
-    every += [("level_kernel", (*LEVEL_TILE, None), 0, "fp32", True, True, capability) for capability in SHARED_KB]
     grid = [("grid_kernel", tile) for tile in attention_grid.TILES] + [("bin_kernel", tile) for tile in attention_grid.TILES]
     grid += [("sum_kernel", (1, *tile, None)) for tile in attention_grid.SUM_TILES]
     every += [

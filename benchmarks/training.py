@@ -5,7 +5,6 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import fields
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
@@ -20,8 +19,7 @@ from training import optim
 from training.config import read_settings
 from training.memory import peak_mem_mb
 
-CONFIGS = {"tau": "tau_30m.toml", "tau_best": "tau_30m_best.toml", "dot": "dot_30m.toml"}
-COMPILED_AT_A_TIME = 6
+CONFIGS = {"dot": "dot_30m.toml", "tau": "tau_30m.toml", "tau_best": "tau_30m_best.toml"}
 PEAK = 989e12  # operations a second of an H100 or H200 in bfloat16, without sparsity
 
 
@@ -66,40 +64,36 @@ def train_step(contender, nanogpt, B, T, steps, compile, threads, device):
 
 
 def bench_train_step(args):
-    contenders = [*CONFIGS, *(["nanogpt"] if args.nanogpt else [])]
+    contenders = [*(["nanogpt"] if args.nanogpt else []), *CONFIGS]  # the first is what the others are compared with
     if args.nanogpt and not (Path(args.nanogpt) / "model.py").exists():
         raise UserError(f"--nanogpt={args.nanogpt}: there is no model.py; give a checkout of nanoGPT")
-    rows, lengths, threads = [], [length for length in (1024, 4096, 16384) if length <= args.longest], torch.get_num_threads()
-
-    def step_of(T, contender, steps=args.steps):
+    name = "train_step" + ("_cuda" if args.device == "cuda" else "") + ("_compiled" if args.compile else "")
+    rows, base = [], contenders[0]
+    for T in [length for length in (1024, 16384, 4096) if length <= args.longest]:
         B = max(1, TOKENS[args.device] // T)
-        return in_own_process(train_step, contender, args.nanogpt, B, T, steps, args.compile, threads, args.device)
-
-    if args.compile:  # what torch.compile makes is kept on disk: several at a time here, and not while anything is measured
-        with ThreadPool(COMPILED_AT_A_TIME) as pool:
-            pool.starmap(step_of, [(T, contender, 1) for contender in contenders for T in lengths], chunksize=1)
-    for T in lengths:
         measured = {contender: [] for contender in contenders}
-        for _ in tqdm(range(args.repeats), desc=f"T = {T}", disable=None):
-            for contender in contenders:
-                measured[contender].append(step_of(T, contender))
-        for contender, results in measured.items():
-            seconds, memory, products = (statistics.median(column) for column in zip(*results))
+        for contender in tqdm(args.repeats * contenders, desc=f"T = {T}", disable=None):
+            result = in_own_process(
+                train_step, contender, args.nanogpt, B, T, args.steps, args.compile, torch.get_num_threads(), args.device
+            )
+            measured[contender].append(result)
+            if len(measured[contender]) < args.repeats:
+                continue
+            seconds, memory, products = (statistics.median(column) for column in zip(*measured[contender]))
             row = {
                 "model": contender,
-                "B": (B := max(1, TOKENS[args.device] // T)),
+                "B": B,
                 "T": T,
                 "compile": args.compile,
                 "step_s": seconds,
                 "tokens_per_s": B * T / seconds,
                 "memory_mb": memory,
-                "runs": len(results),
+                "runs": args.repeats,
             }
             if args.device == "cuda":
                 row["mfu"] = 6 * products * B * T / seconds / PEAK  # of matrix products alone, without attention
             rows.append(row)
-        base = {row["T"]: row for row in rows if row["model"] == contenders[-1]}
-        for row in rows:
-            row[f"speed_to_{contenders[-1]}"] = row["tokens_per_s"] / base[row["T"]]["tokens_per_s"]
-            row[f"memory_to_{contenders[-1]}"] = row["memory_mb"] / base[row["T"]]["memory_mb"]
-        write("train_step" + ("_cuda" if args.device == "cuda" else "") + ("_compiled" if args.compile else ""), rows, args)
+            of_base = next(other for other in rows if (other["model"], other["T"]) == (base, T))
+            row[f"speed_to_{base}"] = row["tokens_per_s"] / of_base["tokens_per_s"]
+            row[f"memory_to_{base}"] = row["memory_mb"] / of_base["memory_mb"]
+            write(name, rows, args)  # as it goes: the machine may be there for minutes

@@ -527,11 +527,8 @@ class Tree:
         total, diff = (weight @ leaf_rows).view(N, padded, E), (signed @ leaf_rows).view(N, padded, E)
         scale = (scale + leaf(wr)).view(N, padded)
 
-        one_level = Tree.level
-        if rows.is_cuda and rows.dtype is torch.float32 and gpu_kernels():
-            from ops.attention_triton import level as one_level
         for level in range(1, levels + 1):
-            one_level(xs, ws, rows, head, xr, wr, total, diff, scale, C * 2 ** (level - 1), C, backward)
+            Tree.level(xs, ws, rows, head, xr, wr, total, diff, scale, C * 2 ** (level - 1), C, backward)
         return total[:, :T], diff[:, :T], scale[:, :T]
 
     @staticmethod

@@ -32,7 +32,7 @@ Sums are float32; matrix products take V's dtype. In bfloat16 the factors are ro
 numerator and denominator agree. Tiles entirely in the future are skipped, and so are those in which every weight has decayed below
 exp(-NEGLIGIBLE) times that of the query's own key (reaches()).
 
-For long contexts one level of the tree (attention.Tree) is a kernel too, which takes O(T) time."""
+For long contexts there is attention_grid.py."""
 
 import torch
 import triton
@@ -547,96 +547,22 @@ def sums_kernel(
         tl.store(lse + head * T + r, scale + tl.log(Z), mask=r < T)
 
 
-@triton.jit
-def maximum(x, y):
-    return tl.maximum(x, y)
-
-
-def level_kernel(
-    x,
-    w,
-    order,
-    values,
-    weight,
-    total,
-    diff,
-    scale,
-    new_scale,
-    half,
-    pairs,
-    GROUP,
-    E,
-    sign,
-    BACKWARD: tl.constexpr,
-    INTERPRET: tl.constexpr,
-    C: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """One level of the tree (attention.Tree), upwards: visits sources and receivers of a pair of halves in the order of their
-    positions x, in chunks of C. From chunk to chunk it carries one state, the sum of all sources so far in units of exp(held), which
-    decays by the distance between the chunks' first items. Inside a chunk the sources' weights in the items' sums are a matrix:
-
-        u_s = w_s + x_s,   reach_r = max of held and u_s, s <= r
-        sum_r = sum_{s<=r} exp(u_s - reach_r) v_s + exp(held - reach_r) state      times exp(reach_r - x_r)
-
-    Receivers add their sum to total and diff. A program computes COLS columns of one pair."""
-    pair = tl.program_id(0).to(tl.int64)
-    n, begin = pair // pairs, pair % pairs * 2 * half
-    d, c = tl.program_id(1) * COLS + tl.arange(0, COLS), tl.arange(0, C)
-    padded = pairs * 2 * half
-    x += pair * 2 * half
-    w += pair * 2 * half
-    order += pair * 2 * half
-    values += (n // GROUP * padded + begin) * E
-    total += (n * padded + begin) * E
-    diff += (n * padded + begin) * E
-    weight += n * padded + begin
-    scale += n * padded + begin
-    new_scale += n * padded + begin
-    before = tl.load(x)
-    held = before * 0 + NOTHING
-    state = tl.zeros([COLS], tl.float32)
-    for start in range(0, 2 * half, C):
-        m = start + c
-        there = m < 2 * half
-        first = tl.load(x + start)
-        held -= first - before
-        before = first
-        ahead = tl.load(x + m, mask=there, other=0.0) - first
-        t = tl.load(order + m, mask=there, other=0)
-        u = tl.load(w + m, mask=there, other=NOTHING) + tl.where(there, ahead, 0.0)
-        reach = tl.maximum(tl.associative_scan(u, 0, maximum), held)
-        A = tl.exp(tl.where(c[None, :] <= c[:, None], u[None, :] - reach[:, None], NOTHING).to(tl.float32))
-        inside = there[:, None] & (d < E)[None, :]
-        place = t[:, None] * E + d[None, :]
-        summed = product(A, tl.load(values + place, mask=inside, other=0.0), INTERPRET)
-        summed += tl.exp((held - reach).to(tl.float32))[:, None] * state[None, :]
-        receives = there & ((t >= half) != BACKWARD)
-        old = tl.load(scale + t, mask=receives, other=0.0)
-        reached = reach - ahead + tl.load(weight + t, mask=receives, other=0.0)
-        new = tl.maximum(old, reached)
-        kept, added = tl.exp((old - new).to(tl.float32))[:, None], tl.exp((reached - new).to(tl.float32))[:, None] * summed
-        inside = receives[:, None] & (d < E)[None, :]
-        tl.store(total + place, tl.load(total + place, mask=inside, other=0.0) * kept + added, mask=inside)
-        tl.store(diff + place, tl.load(diff + place, mask=inside, other=0.0) * kept + sign * added, mask=inside)
-        if tl.program_id(1) == 0:
-            tl.store(new_scale + t, new, mask=receives)
-        state = tl.sum(tl.where(c[:, None] == C - 1, summed, 0.0), 0)
-        held = tl.max(reach, 0)
-
-
 # (M, N, warps, stages, most registers per thread): autotuning picks one for each pass, head size, dtype and tuned_for(T) it meets
 TILES = [(64, 32, 4, 3, 168), (64, 64, 4, 3, None), (128, 64, 8, 3, None), (64, 32, 8, 3, None), (32, 32, 4, 2, None)]
 INTERPRETED_TILE = {"M": 64, "N": 64}
 KEYS_BLOCK, QUERIES_BLOCK = 1024, 32
 PAD = 128  # the number of sources is padded to a multiple of this, which is a multiple of every N
-LEVEL_TILE = (64, 32, 4, 2)  # items per chunk, columns, warps, stages
 
 
 def one_if_deterministic(configs, *_, **__):
     """Of the tiles of a kernel those that autotuning may choose from. The tile decides in which order sums are made: where the same bits
     are asked for every time, the first is taken, whatever the others' times are."""
     return configs[:1] if torch.are_deterministic_algorithms_enabled() else configs
+
+
+def short_bench(call, quantiles):
+    """As autotuning's own measurement, in a fifth of its time."""
+    return triton.testing.do_bench(call, warmup=5, rep=20, quantiles=quantiles)
 
 
 def launcher():
@@ -650,52 +576,12 @@ def launcher():
         ],
         key=["WIDTH", "BACKWARD", "TUNED"],
         prune_configs_by={"early_config_prune": one_if_deterministic},
+        do_bench=short_bench,
     )(kernel)
     return lambda grid, *args: tuned[grid](*args)
 
 
-launch_keys, launch_queries, launch_level, launch_sums = (
-    triton.jit(key_kernel),
-    triton.jit(query_kernel),
-    triton.jit(level_kernel),
-    launcher(),
-)
-
-
-def level(xs, ws, rows, head, xr, wr, total, diff, scale, half, C, backward):
-    """attention.Tree.level as a walk over sources and receivers in one order: upwards, then, with positions negated, upwards again."""
-    N, E, (items, columns, warps, stages) = len(xs), rows.shape[-1], LEVEL_TILE
-    halves = lambda left, right: torch.cat([left.view(N, -1, 2, half)[:, :, 0], right.view(N, -1, 2, half)[:, :, 1]], -1)
-    nothing = torch.full_like(xs, NOTHING.value)
-    x, order = halves(*((xr, xs) if backward else (xs, xr))).sort(stable=True)  # a tie counts as a key below the query
-    w = halves(*((nothing, ws) if backward else (ws, nothing))).gather(-1, order)
-    pairs = x.size(1)
-    for up in (True, False):
-        new_scale = scale.clone()
-        launch_level[N * pairs, triton.cdiv(E, columns)](
-            x,
-            w,
-            order,
-            rows,
-            wr,
-            total,
-            diff,
-            scale,
-            new_scale,
-            half,
-            pairs,
-            N * xs.size(1) // len(rows),
-            E,
-            1.0 if up != backward else -1.0,
-            backward,
-            INTERPRETED,
-            items,
-            columns,
-            num_warps=warps,
-            num_stages=stages,
-        )
-        scale.copy_(new_scale)
-        x, w, order = -x.flip(-1), w.flip(-1), order.flip(-1)
+launch_keys, launch_queries, launch_sums = triton.jit(key_kernel), triton.jit(query_kernel), launcher()
 
 
 def width(D):

@@ -13,8 +13,8 @@ pytest.importorskip("triton", reason="triton has no build for this system")
 from test_attention import FACTORS, attended, inputs, pairwise, table_inputs, value_and_gradients
 
 from ops import attention_grid, attention_triton, fused_triton
-from ops.attention import Tree, backend, fast_attention, tau_attention
-from ops.attention_triton import KEYS_BLOCK, LEVEL_TILE, QUERIES_BLOCK, TILES, reaches
+from ops.attention import backend, fast_attention, tau_attention
+from ops.attention_triton import KEYS_BLOCK, QUERIES_BLOCK, TILES, reaches
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.cuda] if DEVICE == "cuda" else []  # all of it, where there is one
@@ -64,12 +64,6 @@ def one_term(row, name):
     return {"lambda_q": 1 / row["temperature"], "lambda_k": 1 / row["temperature"], "temperature": logit(row) / row["temperature"]}.get(
         name, 1
     )
-
-
-LEVEL_ROWS = [
-    *[row for row in pairwise(SHORT) if 65 <= row["T"] <= 300 and row["heads"] != (2, 4)][::4],
-    dict(T=256, D=16, heads=(2, 4), temperature=0.05, lambdas="half equal", log_decay="token", key_bias=True),
-]
 
 
 def expected_of(row, arguments):
@@ -257,7 +251,11 @@ def test_every_kernel_has_been_compiled_with_every_tile():
     every += [
         ("key_kernel", (KEYS_BLOCK, 1, 4, 3, None), 0, "bf16", True, False, 90),
         ("query_kernel", (QUERIES_BLOCK, 1, 4, 3, None), 64, "bf16", True, True, 90),
-        ("level_kernel", (*LEVEL_TILE, None), 0, "fp32", True, True, 90),
+        *[
+            (f"{name}_kernel", (64, 32, 4, 2, None), 64, "bf16", True, backward, 90)
+            for name in ("bin", "sum", "grid")
+            for backward in (False, True)
+        ],
     ]
     done = subprocess.run(
         [sys.executable, "-c", code, repr(every)], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0"}
@@ -284,17 +282,3 @@ def test_loss(N, V, softcap, block, dtype, tolerance, monkeypatch):
         assert mine.shape == theirs.shape
         assert (mine - theirs).norm() <= tolerance * theirs.norm(), name
     assert fused_triton.summed_loss(x, weight, targets, softcap, False, dtype)[0] == ours[0]
-
-
-@pytest.mark.parametrize("row", LEVEL_ROWS, ids=lambda row: "-".join(str(value) for value in row.values()))
-def test_level_of_the_tree(row, monkeypatch):
-    inputs = untied_inputs(row)
-    expected = expected_of(row, inputs)
-    monkeypatch.setattr(Tree, "level", attention_triton.level)
-    results = value_and_gradients(inputs, "tree", torch.float32)
-    for name, ours, theirs in zip(NAMES, results, expected, strict=True):
-        if theirs is None:
-            continue
-        tolerance = 1e-3 if name == "temperature" else 1e-4 if name == "log_decay" and row["log_decay"] == "head" else 1e-5
-        error, size = (ours - theirs).abs().max().item(), max(theirs.abs().max().item(), one_term(row, name))
-        assert error <= tolerance * size, (name, error, size)
