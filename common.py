@@ -253,6 +253,12 @@ def note(line):
         NOTES.append(line)
 
 
+def end(number, _):
+    """The handler of a signal that ends the program: the same one may come twice, to this process and to its process group."""
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
 def run(main):
     """main(), or the end of the program: with exit code 1 for a disk that is full or fails, 2 for a user's mistake (one line on
     stderr either way), 130 after Ctrl-C, 141 if the reader of the output has left."""
@@ -262,7 +268,7 @@ def run(main):
     if WORLD == 1 and threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGHUP):  # by default they end a program before it has removed what is half written
             if signal.getsignal(number) is signal.SIG_DFL:
-                signal.signal(number, lambda number, _: sys.exit(128 + number))
+                signal.signal(number, end)
     try:
         result = main()
         sys.stdout.flush()

@@ -61,9 +61,10 @@ def of_files(size, given):
     return sizes
 
 
-def of_corpus(train, val, documents, words, given):
+def of_corpus(train, val, documents, words, given, characters=False):
     """[(name, value, why)] of graph, model and run for `train` and `val` tokens, `documents` training documents and `words` that
-    two of them or more have. given: {name: value} of the settings that are not to be chosen. Raises UserError for too little text."""
+    two of them or more have. given: {name: value} of the settings that are not to be chosen. characters: the tokens are characters,
+    among which recall heads gain nothing. Raises UserError for too little text."""
     longest = min(val - 1, train // 4)
     if longest < LEAST:
         raise UserError(f"{train} tokens to train on and {val} for validation are too few: {4 * LEAST} and {LEAST + 1} are needed at least")
@@ -79,6 +80,12 @@ def of_corpus(train, val, documents, words, given):
         why = "of every head, in a chain: no domain's graph can be made of " + (
             "one document (--split_on='\\n\\n' makes one of each paragraph)" if documents == 1 else found
         )
+    sharing = max(1, n_head // max(given.get("n_kv_head", n_head), 1))  # query heads to a head of keys
+    local_heads = given.get("local_heads")
+    recall_heads = 0 if characters else min(n_head // 2, n_head - (local_heads or 0), n_head - 1) // sharing * sharing
+    recall_heads = given.get("recall_heads", max(0, recall_heads))
+    if local_heads is None:
+        local_heads = max(0, min(n_head // 2, n_head - recall_heads - 1))
     block_size = given.get("block_size", power_of_two(longest, LEAST, 128))
     batch_size = given.get("batch_size", 16)
     step = batch_size * block_size * given.get("grad_accum_steps", 1)
@@ -94,7 +101,8 @@ def of_corpus(train, val, documents, words, given):
         ("n_layer", given.get("n_layer", 4 if train >= 50_000 else 2), "blocks"),
         ("n_embd", n_embd, "wide"),
         ("n_head", n_head, "heads"),
-        ("local_heads", given.get("local_heads", n_head // 2), "of the heads see the last 16 tokens only"),
+        ("local_heads", local_heads, "of the heads see the last 16 tokens only"),
+        ("recall_heads", recall_heads, "of the heads look for what followed the same tokens before"),
         ("block_size", block_size, f"tokens of context; {train:,} tokens to train on, {val:,} for validation"),
         ("batch_size", batch_size, "sequences a step"),
         ("max_steps", max_steps, f"of {step:,} tokens: {seen}"),
@@ -117,8 +125,11 @@ def main():
         given = {name: int(value) for name, value in given.items() if value.isascii() and value.isdigit()}
         with waiting("counting words that two documents share"):
             words = common_words(islice(corpus.documents("train"), DOCUMENTS))
-        sizes = of_corpus(len(corpus.train), len(corpus.val), corpus.meta["train"]["documents"], words, given)
-        ModelConfig(**{name: value for name, value, _ in sizes if name in ("n_layer", "n_embd", "n_head", "local_heads", "block_size")})
+        sizes = of_corpus(
+            len(corpus.train), len(corpus.val), corpus.meta["train"]["documents"], words, given, corpus.meta.get("tokenizer") == "char"
+        )
+        names = ("n_layer", "n_embd", "n_head", "local_heads", "recall_heads", "block_size")
+        ModelConfig(**{name: value for name, value, _ in sizes if name in names})
     elif any((Path(path) / "train.bin").exists() for path in args.paths):
         if name := next((name for name in ("vocab_size", "val_fraction") if name in given), None):
             raise UserError(f"--{name}={given[name]} is nothing for nanoGPT's tokens, which stay as they are: leave it out")

@@ -59,7 +59,7 @@ if [[ " ${settings[*]-}" != *" --laplacian="* ]]; then
     made $data/laplacian.parquet $data/meta.json -- show python build_laplacian.py "${graph[@]}" --out=$data/laplacian.parquet
 fi
 show python train.py configs/own_text.toml --init_from=auto --data_dir=$data --out_dir=$out --n_layer=$n_layer --n_embd=$n_embd \
-    --n_head=$n_head --local_heads=$local_heads --block_size=$block_size --batch_size=$batch_size --max_steps=$max_steps \
+    --n_head=$n_head --local_heads=$local_heads --recall_heads=$recall_heads --block_size=$block_size --batch_size=$batch_size --max_steps=$max_steps \
     --warmup_steps=$warmup_steps --lr_decay_steps=$lr_decay_steps --eval_interval=$eval_interval ${settings[@]+"${settings[@]}"}
 [ -f $out/metrics.jsonl ] || exit 0  # --dry_run
 [ $out/figure.png -nt $out/metrics.jsonl ] || show python plot.py $out

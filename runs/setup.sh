@@ -1,7 +1,17 @@
 # Sourced by the other scripts: goes to the repository's root, makes .venv once, and installs requirements.txt in it.
 set -euo pipefail
-trap 'echo "$0: interrupted" >&2; exit 130' INT  # train.py has saved, and ends with 0
-trap 'exit 143' TERM
+child= ending=
+trap 'end_with 130' INT  # it has reached the child too
+trap '[ -z "$child" ] || kill -TERM $child 2> /dev/null || true; end_with 143' TERM
+trap '[ -z "$child" ] || kill -HUP $child 2> /dev/null || true; end_with 129' HUP
+end_with() {  # STATUS: ends the script, or lets show() do so when its command, which may be saving, has ended
+    ending=$1
+    [ -n "$child" ] || leave
+}
+leave() {
+    [ $ending -ne 130 ] || echo "$0: interrupted" >&2
+    exit $ending
+}
 cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.."
 python=${PYTHON:-python3}
 command -v "$python" > /dev/null || { echo "$python not found: set PYTHON to Python 3.11 or later" >&2; exit 2; }
@@ -19,9 +29,17 @@ require() {  # FILE: installs a file of requirements into .venv, unless the same
 }
 require requirements.txt
 
-show() {  # COMMAND ...: prints the command, then runs it
+show() {  # COMMAND ...: prints the command, then runs it; signals to this script alone reach it too, unless in a pipeline
+    local status=0
     printf '\n$'; printf ' %q' "$@"; printf '\n'
-    "$@"
+    [ "$BASH_SUBSHELL" -eq 0 ] || { "$@"; return; }
+    (trap - INT QUIT; exec "$@") <&0 &  # bash heeds signals meanwhile; otherwise the command would ignore Ctrl-C
+    child=$!
+    wait $child || status=$?
+    while [ -n "$ending" ] && kill -0 $child 2> /dev/null; do wait $child || true; done
+    child=
+    [ -z "$ending" ] || leave
+    return $status
 }
 
 timed() {  # COMMAND ...: runs the command, then prints how long it took

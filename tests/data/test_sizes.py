@@ -18,6 +18,12 @@ def test_sizes_follow_the_amount_of_text():
     assert (few["features"], few["n_embd"], few["n_head"], few["block_size"], few["max_steps"]) == (8, 64, 8, 8, 100)
     records = chosen(850_000, 43_000, 9_500, 13_000)
     assert (records["features"], records["n_embd"], records["block_size"], records["max_steps"]) == (128, 128, 128, 1000)
+    assert (records["local_heads"], records["recall_heads"]) == (3, 4)
+    shared = [chosen(850_000, 43_000, 9_500, 13_000, n_kv_head=n) for n in (4, 2, 1)]
+    assert [(given["local_heads"], given["recall_heads"]) for given in shared] == [(3, 4), (3, 4), (4, 0)]
+    assert [chosen(850_000, 43_000, 9_500, 13_000, local_heads=n)["recall_heads"] for n in (0, 6, 7)] == [4, 2, 1]
+    *_, why = [value for name, value, _ in sizes.of_corpus(850_000, 43_000, 9_500, 13_000, {}, characters=True) if name == "recall_heads"]
+    assert why == 0
     books = chosen(850_000, 43_000, 40, 13_000)
     assert (books["graph"], books["features"], books["n_embd"]) == ("domain", 16, 128)  # those of a head, for every head
     for documents, words in ((1, 0), (9_500, 0), (9_500, 16), (16, 13_000)):

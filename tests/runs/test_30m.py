@@ -95,8 +95,10 @@ def test_tau_30m_goes_on_and_does_nothing_twice(copy):
         assert expected in script(copy, "runs/tau_30m.sh", *args, returncode=2, **settings).splitlines()[-1]
 
 
-def test_ctrl_c_ends_the_script_too(copy):
-    """train.py saves and ends with 0; the steps after it are not made of half a run."""
+@pytest.mark.parametrize("number, send, expected", [(signal.SIGINT, os.killpg, 130), (signal.SIGTERM, os.kill, 143)])
+def test_a_signal_ends_the_script_too(number, send, expected, copy):
+    """train.py saves and ends with 0; the steps after it are not made of half a run. Ctrl-C goes to all processes, SIGTERM to one."""
+    shutil.rmtree(copy / "out/dot_30m", ignore_errors=True)
     process = subprocess.Popen(
         ["bash", "runs/tau_30m.sh", "text.jsonl.xz", *TINY, "--max_steps=100000"],
         cwd=copy,
@@ -108,8 +110,8 @@ def test_ctrl_c_ends_the_script_too(copy):
     log = copy / "out/dot_30m/metrics.jsonl"
     while not log.exists() or len(log.read_text().splitlines()) < 4:
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(120) == 130
+    send(process.pid, number)
+    assert process.wait(120) == expected
     assert not (copy / "out/dot_30m/figure.png").exists()
     assert int(max(path.stem for path in (copy / "out/dot_30m").glob("step_*"))[5:]) == metrics(copy / "out/dot_30m")[-1]["step"]
 

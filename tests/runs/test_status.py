@@ -14,7 +14,7 @@ case "$1 $2" in
     "-c "* | "-m pip" | "-m ensurepip") exit 0 ;;
     "- "*) echo 1; exit 0 ;;  # a program on standard input
     *"/own_text.py "*) echo "paths=($2) preparing=() sized=() settings=()" ;;
-    "data/sizes.py "*) for name in vocab_size val_fraction features n_layer n_embd n_head local_heads; do echo $name=1; done
+    "data/sizes.py "*) for name in vocab_size val_fraction features n_layer n_embd n_head local_heads recall_heads; do echo $name=1; done
         for name in block_size batch_size max_steps warmup_steps lr_decay_steps eval_interval; do echo $name=1; done; echo graph=domain ;;
 esac
 echo "${0##*/} $1" >> "$CALLS"
