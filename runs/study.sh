@@ -24,6 +24,7 @@ corpora=${CORPORA:-shakespeare_char python_docs $own}
 of_both="--learn_temperature=True --forget=gate --conv=4 --key_bias=True --output_gate=True"
 of_tau="--temperature=0.1 --spectral_filter=True --tau_rope=False"
 best="$of_both $of_tau --n_head=8 --local_heads=4"
+recall="$of_both $of_tau --n_head=8 --local_heads=3 --recall_heads=4"
 rows=$(sed 's/ *| */|/' <<EOF
 dot                             | --attention=dot
 dot + all                       | --attention=dot $of_both
@@ -56,8 +57,13 @@ tau, published, random graph    | --laplacian=DATA/random.parquet
 tau, published, chain           | --laplacian=DATA/chain.parquet
 tau, published, complete graph  | --laplacian=DATA/complete.parquet
 
-tau + all, 8 heads, 4 recall                     | $best --local_heads=3 --recall_heads=4
+tau + all, 8 heads, 4 recall                     | $recall
 dot + all, 8 heads, 4 recall                     | --attention=dot $of_both --n_head=8 --recall_heads=4
+tau + all, 8 heads, 4 recall, random graph       | $recall --laplacian=DATA/random.parquet
+tau + all, 8 heads, 4 recall, chain              | $recall --laplacian=DATA/chain.parquet
+tau + all, 8 heads, 4 recall, complete graph     | $recall --laplacian=DATA/complete.parquet
+tau + all, 8 heads, 4 recall, token vectors                | $recall --embedding_init=domain
+tau + all, 8 heads, 4 recall, token vectors, random graph  | $recall --embedding_init=domain --laplacian=DATA/random.parquet
 tau + all, 8 heads, token vectors                | $best --embedding_init=domain
 tau + all, 8 heads, token vectors, random graph  | $best --embedding_init=domain --laplacian=DATA/random.parquet
 EOF
