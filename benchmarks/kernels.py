@@ -54,6 +54,8 @@ def kernel_resources(what):
     }
     if name in ("sums_kernel", "grid_kernel"):
         constants |= dict.fromkeys(("lse", "spread", "sink") if backward else ("grad_k", "grad_weight", "moment"))
+    if module is attention_grid and not backward:
+        constants["source_one"] = None
     if module is attention_triton and not terms:
         constants |= dict.fromkeys(("decay", "bias", "reach", "sink"))
     types = {**dict.fromkeys(VALUES, values), **dict.fromkeys(FLOAT32, "fp32"), **dict.fromkeys(FLOAT64, "fp64")}

@@ -241,8 +241,10 @@ def fast_attention_backward(
 def _(lambda_q, lambda_k, v, temperature, decay, bias, sink, impl):
     (B, H, T), D = lambda_q.shape, v.shape[-1]
     out, lse = v.new_empty(B, T, H, D).transpose(1, 2), temperature.new_empty(B, H, T)
-    if impl in ("triton", "grid"):
+    if impl == "triton":
         return out, lse, v.new_empty(2, B, H, T, D), lambda_q.new_empty(B, H, 2)
+    if impl == "grid":
+        return out, lse, v.new_empty(2, B, H, T, D), v.new_empty(backend(impl).Bins.numbers(B, H, T), dtype=torch.int32)
     return out, lse, v.new_empty(B, H, T, D), v.new_empty(B, H, T)
 
 

@@ -81,7 +81,8 @@ def tile(plus, minus, one_plus, one_minus, scale, x, w, s, seen, sharpness, sour
          D: tl.constexpr, WIDTH: tl.constexpr, BACKWARD: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
     """Add the sources s (N,) to the receivers' sums where seen (M, N). The sums are in units of exp(scale)."""
     row = rows(source, s, d, source_t, T, D, WIDTH, False)
-    y, u, one = entries(source_x, s, T, 0.0), entries(source_w, s, T, 0.0), entries(source_one, s, T, 0.0)
+    y, u = entries(source_x, s, T, 0.0), entries(source_w, s, T, 0.0)
+    one = entries(source_one, s, T, 0.0) if BACKWARD else y  # in the forward pass it is 1 and not asked for
     distance = x[:, None] - y[None, :]
     w_a, w_b = split(w)  # with a decay two running sums, whose difference is small
     u_a, u_b = split(u)
@@ -99,7 +100,7 @@ def tile(plus, minus, one_plus, one_minus, scale, x, w, s, seen, sharpness, sour
         tl.where(below, 0.0, P),
         row,
         one,
-        True,
+        BACKWARD,
         INTERPRET,
     )
     return plus, minus, one_plus, one_minus, higher
@@ -185,7 +186,9 @@ def bin_kernel(receiver_x, receiver_w, receiver_order, receiver_start, source_x,
     receiver_x += (b * RECEIVERS + h // (H // RECEIVERS)) * T
     source_x += (b * SOURCES + h // (H // SOURCES)) * T
     source += b * source_b + h // GROUP * source_h
-    receiver_w, source_w, source_one = receiver_w + head * T, source_w + head * T, source_one + head * T
+    receiver_w, source_w = receiver_w + head * T, source_w + head * T
+    if BACKWARD:
+        source_one += head * T
     receiver_order, source_order = receiver_order + head * T, source_order + head * T
     source_start += head * (K + 1) + k
     source_before += head * (tl.cdiv(T, C) + 1) * K + k
@@ -236,7 +239,7 @@ def sum_kernel(source_x, source_w, source_one, source_order, source_start, sourc
     b, h = head // H, head % H
     source_x += (b * SOURCES + h // (H // SOURCES)) * T
     source += b * source_b + h // GROUP * source_h
-    source_w, source_one, source_order = source_w + head * T, source_one + head * T, source_order + head * T
+    source_w, source_order = source_w + head * T, source_order + head * T
     source_start += head * (K + 1) + k
     begin, end = tl.load(source_start), tl.load(source_start + 1)
     sharpness = 1 / tl.load(temperature + h)
@@ -255,7 +258,9 @@ def sum_kernel(source_x, source_w, source_one, source_order, source_start, sourc
         P = tl.exp(tl.where(n[None, :] <= n[:, None], u[None, :] - reach[:, None], NOTHING).to(tl.float32)).to(row.dtype).to(tl.float32)
         kept = tl.exp((m - reach).to(tl.float32))
         summed = product(P, row, INTERPRET) + kept[:, None] * state[None, :]
-        one = tl.sum(P * entries(source_one, s, T, 0.0)[None, :], 1) + kept * state_one
+        if BACKWARD:
+            P *= entries(source_one + head * T, s, T, 0.0)[None, :]
+        one = tl.sum(P, 1) + kept * state_one
         to = (down * tl.num_programs(0).to(tl.int64) + head) * T + at
         tl.store(table + to[:, None] * D + d[None, :], summed, mask=there[:, None] & (d < D)[None, :])
         tl.store(ones + to, one, mask=there)
@@ -277,7 +282,9 @@ def grid_kernel(receiver_x, receiver_w, receiver_bin, source_x, source_w, source
     receiver_x += (b * RECEIVERS + h // (H // RECEIVERS)) * T
     source_x += (b * SOURCES + h // (H // SOURCES)) * T
     source += b * source_b + h // (GROUP if not BACKWARD else 1) * source_h
-    receiver_w, source_w, source_one = receiver_w + head * T, source_w + head * T, source_one + head * T
+    receiver_w, source_w = receiver_w + head * T, source_w + head * T
+    if BACKWARD:
+        source_one += head * T
     r, d = first + tl.arange(0, M), tl.arange(0, WIDTH)
     x, w = entries(receiver_x, r, T, 0.0), entries(receiver_w, r, T, 0.0)
     zeros = zeros_of_product(M, WIDTH, source.dtype.element_ty, INTERPRET)
@@ -391,30 +398,47 @@ launch_before, launch_order = triton.jit(before_kernel), triton.jit(order_kernel
 
 def sizes(T):
     """(C, K): tokens a chunk, a multiple of every M, and bins."""
-    return CHUNK, 1 << max(4, (T.bit_length() - 1) // 2 - 1)
+    return CHUNK, 1 << max(4, (int(T).bit_length() - 1) // 2 - 1)
 
 
 class Bins:
     """Where keys and queries stand in their merged order. A pair of each, for keys and for queries, int32: bin (B, H, T); order
     (B, H, T), the tokens by bin and, in a bin, by time; start (B, H, K + 1), where in it each bin begins; before (B, H, chunks + 1, K),
-    how many of a bin are in the chunks before each."""
+    how many of a bin are in the chunks before each. All of them are parts of `all`, by which the backward pass has them again."""
 
-    def __init__(self, lambda_q, lambda_k):
+    def __init__(self, lambda_q, lambda_k, all=None):
         (B, H, T), KEYS = lambda_q.shape, lambda_k.shape[1]
         self.C, self.K = C, K = sizes(T)
-        chunks, S, numbers = triton.cdiv(T, C), min(SAMPLE, 2 * T), dict(dtype=torch.int32, device=lambda_q.device)
-        sample = torch.empty(B, H, SAMPLE, dtype=torch.int64, device=lambda_q.device)
-        self.bin, self.order, self.before = (torch.empty(2, B, H, *shape, **numbers) for shape in ((T,), (T,), (chunks + 1, K)))
-        counts = torch.empty(2, B, H, chunks, K, **numbers)
+        chunks, S = triton.cdiv(T, C), min(SAMPLE, 2 * T)
+        numbers = dict(dtype=torch.int32, device=lambda_q.device)
+        self.all = torch.empty(Bins.numbers(B, H, T), **numbers) if all is None else all
+        parts = self.all.split(Bins.parts(B, H, T))
+        self.bin, self.order = (part.view(2, B, H, T) for part in parts[:2])
+        self.start, self.before = parts[2].view(2, B, H, K + 1), parts[3].view(2, B, H, chunks + 1, K)
+        if all is not None:
+            return
+        sample, counts = torch.empty(B, H, SAMPLE, dtype=torch.int64, device=lambda_q.device), torch.empty(2, B, H, chunks, K, **numbers)
         launch_sample[(B * H,)](lambda_q, lambda_k, sample, H, KEYS, T, S, SAMPLE)
         launch_count[B * H, chunks, 2](lambda_q, lambda_k, sample, self.bin, counts, H, KEYS, T, K, S, SAMPLE, C, COUNT_BINS)
         launch_before[2 * B * H, triton.cdiv(K, BEFORE_BINS)](counts, self.before, chunks, K, BEFORE_CHUNKS, BEFORE_BINS)
-        self.start = torch.nn.functional.pad(self.before[..., -1, :].cumsum(-1, dtype=torch.int32), (1, 0))
+        self.start[..., 0] = 0
+        self.start[..., 1:] = self.before[..., -1, :].cumsum(-1)
         launch_order[2 * B * H, chunks](self.bin, self.start, self.before, self.order, T, K, C)
+
+    @staticmethod
+    def parts(B, H, T):
+        """How many numbers bin, order, start and before have."""
+        C, K = sizes(T)
+        return [2 * B * H * n for n in (T, T, K + 1, (triton.cdiv(T, C) + 1) * K)]
+
+    @staticmethod
+    def numbers(B, H, T):
+        return sum(Bins.parts(B, H, T))
 
 
 def sums(lambda_q, lambda_k, weights, one, source, v, temperature, outputs, bins, backward):
-    """weights: the log weights (B, H, T) of keys and of queries; one (B, H, T) and source (B, heads, T, D): the sources' rows."""
+    """weights: the log weights (B, H, T) of keys and of queries; one (B, H, T), or None if it is 1, and source (B, heads, T, D): the
+    sources' rows."""
     (B, H, T), D = lambda_q.shape, v.shape[-1]
     x, (keys, queries), group, C, K = (lambda_k, lambda_q), (0, 1), H // v.shape[1], bins.C, bins.K
     s, r = (queries, keys) if backward else (keys, queries)
@@ -443,33 +467,36 @@ def sums(lambda_q, lambda_k, weights, one, source, v, temperature, outputs, bins
 def log_weights(lambda_q, temperature, decay, bias):
     """(of keys, of queries), each (B, H, T) float64."""
     of_queries = torch.zeros_like(lambda_q, dtype=temperature.dtype) if decay is None else decay
-    of_keys = -of_queries if bias is None else bias.repeat_interleave(lambda_q.shape[1] // bias.shape[1], 1) - of_queries
+    if bias is not None and bias.shape[1] < lambda_q.shape[1]:
+        bias = bias.repeat_interleave(lambda_q.shape[1] // bias.shape[1], 1)
+    of_keys = -of_queries if bias is None else bias - of_queries
     return of_keys, of_queries
 
 
 def forward(lambda_q, lambda_k, v, temperature, decay, bias, sink=None):
-    """As attention_triton.forward()."""
+    """As attention_triton.forward(), but the last of what it returns is Bins.all."""
     (B, H, T), D = lambda_q.shape, v.shape[-1]
     out, lse = v.new_empty(B, T, H, D).transpose(1, 2), temperature.new_empty(B, H, T)
     spread = v.new_empty(2, B, H, T, D)
-    sums(lambda_q, lambda_k, log_weights(lambda_q, temperature, decay, bias), torch.ones_like(lambda_q), v, v, temperature,
-         (out, lse, spread, None, None, None, sink), Bins(lambda_q, lambda_k), False)  # fmt: skip
-    return out, lse, spread, lambda_q.new_zeros(B, H, 2)
+    bins = Bins(lambda_q, lambda_k)
+    sums(lambda_q, lambda_k, log_weights(lambda_q, temperature, decay, bias), None, v, v, temperature,
+         (out, lse, spread, None, None, None, sink), bins, False)  # fmt: skip
+    return out, lse, spread, bins.all
 
 
-def backward(grad, lambda_q, lambda_k, v, temperature, decay, bias, out, lse, spread, middle):
+def backward(grad, lambda_q, lambda_k, v, temperature, decay, bias, out, lse, spread, bins):
     (B, H, T), D = lambda_q.shape, v.shape[-1]
     group = H // v.shape[1]
     factors, weight, moment = lambda_q.new_empty(B, H, padded(T), 4), lambda_q.new_empty(B, H, T), lambda_q.new_empty(2, B, H, T)
     grad_q, grad_k, grad_weight = torch.empty_like(lambda_q), torch.empty_like(lambda_q), temperature.new_empty(B, H, T)
     source, grad_v = v.new_empty(B, H, padded(T), D), (v if group == 1 else lambda_q).new_empty(B, T, H, D).transpose(1, 2)
     launch_queries[B * H, padded(T) // QUERIES_BLOCK](
-        lambda_q, temperature, out, lse, spread, middle, grad, factors, weight, source, grad_q, moment[0],
+        lambda_q, temperature, out, lse, spread, lambda_q.new_zeros(B, H, 2), grad, factors, weight, source, grad_q, moment[0],
         *strides(out, grad), H, T, D, width(D), PAD, QUERIES_BLOCK)  # fmt: skip
     one = factors[:, :, :T, 3].contiguous()
     of_keys, of_queries = log_weights(lambda_q, temperature, decay, bias)
     sums(lambda_q, lambda_k, (of_keys, of_queries - lse), one, source, v, temperature,
-         (grad_v, None, None, grad_k, grad_weight, moment[1], None), Bins(lambda_q, lambda_k), True)  # fmt: skip
+         (grad_v, None, None, grad_k, grad_weight, moment[1], None), Bins(lambda_q, lambda_k, bins), True)  # fmt: skip
     if group > 1:
         grad_k = grad_k.unflatten(1, (-1, group)).sum(2)
         grad_v = grad_v.transpose(1, 2).unflatten(2, (-1, group)).sum(3).to(v.dtype).transpose(1, 2)
