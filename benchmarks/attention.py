@@ -21,9 +21,9 @@ from ops.dot import DOT_SCALE, dot_attention
 
 SDPA = {"sdpa": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 FORMS = {  # of tau attention, on a GPU: temperature, and whether with a forget gate and a bias per key
-    "published": (1.0, False),
     "best": (0.02, True),  # a trained head of the best form
     "recall": (1e-4, True),  # a recall head at its start
+    "published": (1.0, False),
 }
 OF_FORMS = (
     "sdpa",

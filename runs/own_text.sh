@@ -26,7 +26,7 @@ ended() {  # STATUS: what a mistake leaves in a folder that this call has made g
 trap 'ended $?' EXIT
 for at in "${!paths[@]}"; do  # a pipe is read once: its copy is the source
     [ "${paths[at]}" = - ] || [ -e "${paths[at]}" ] && [ ! -f "${paths[at]}" ] && [ ! -d "${paths[at]}" ] || continue
-    mkdir -p $data
+    mkdir -p $data || exit 2
     copy=$PWD/$data/piped_$at
     cat "${paths[at]}" > "$copy.new"
     if [ -f "$copy" ] && [ "$(sha256sum < "$copy")" != "$(sha256sum < "$copy.new")" ]; then

@@ -74,7 +74,7 @@ END
         echo "$output: there already"
         return
     fi
-    mkdir -p "$(dirname "$output")"
+    mkdir -p "$(dirname "$output")" || exit 2
     echo "$stamp" > "$output.made"  # written first: OUTPUT appears last, and whole
     timed "$@" $again
 }
