@@ -293,7 +293,7 @@ def told(error):
     if path is None and number in FULL and error.strerror == os.strerror(number):
         return f"{error.strerror}, where the output goes: free some, or let it go elsewhere"
     if number == errno.EFBIG:
-        return f"{error.strerror}: a file would be larger than `ulimit -f` allows: raise that, or write less"
+        return f"{error}, which `ulimit -f` allows no more of: raise that, or write less"
     if not isinstance(path, (str, os.PathLike)) or number in (*FULL, errno.EIO):
         return str(error)
     path = Path(re.sub(r"(^|/)\.([^/]+)\.\d+\.tmp$", r"\1\2", str(path)))  # what was to become of replacing()'s temporary file

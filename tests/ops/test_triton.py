@@ -89,9 +89,9 @@ def test_equals_reference(row, impl="triton"):
 
 @pytest.fixture
 def few(monkeypatch):
-    """Chunks of 64 tokens and 16 bins, so that short sequences have several of each, and a sample that is less than everything."""
+    """Chunks of 64 tokens and 8 bins, so that short sequences have several of each, and a sample that is less than everything."""
     assert backend("grid") is attention_grid and backend("triton") is attention_triton
-    monkeypatch.setattr(attention_grid, "sizes", lambda T: (64, 16))
+    monkeypatch.setattr(attention_grid, "sizes", lambda T: (64, 8))
     monkeypatch.setattr(attention_grid, "SAMPLE", 128)
 
 
