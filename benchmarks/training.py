@@ -69,7 +69,7 @@ def bench_train_step(args):
         raise UserError(f"--nanogpt={args.nanogpt}: there is no model.py; give a checkout of nanoGPT")
     name = "train_step" + ("_cuda" if args.device == "cuda" else "") + ("_compiled" if args.compile else "")
     rows, base = [], contenders[0]
-    for T in [length for length in (1024, 16384, 4096) if length <= args.longest]:
+    for T in [length for length in (1024, 16384, 4096) if length <= args.longest]:  # the ends first
         B = max(1, TOKENS[args.device] // T)
         measured = {contender: [] for contender in contenders}
         for contender in tqdm(args.repeats * contenders, desc=f"T = {T}", disable=None):

@@ -80,12 +80,10 @@ def of_corpus(train, val, documents, words, given, characters=False):
         why = "of every head, in a chain: no domain's graph can be made of " + (
             "one document (--split_on='\\n\\n' makes one of each paragraph)" if documents == 1 else found
         )
-    sharing = max(1, n_head // max(given.get("n_kv_head", n_head), 1))  # query heads to a head of keys
-    local_heads = given.get("local_heads")
-    recall_heads = 0 if characters else min(n_head // 2, n_head - (local_heads or 0), n_head - 1) // sharing * sharing
-    recall_heads = given.get("recall_heads", max(0, recall_heads))
-    if local_heads is None:
-        local_heads = max(0, min(n_head // 2, n_head - recall_heads - 1))
+    sharing = max(1, n_head // max(given.get("n_kv_head", n_head), 1))  # query heads to a head of keys, all of one sort
+    half = lambda left: max(0, min(n_head // 2, left)) // sharing * sharing
+    recall_heads = given.get("recall_heads", 0 if characters else half(n_head - given.get("local_heads", 0)))
+    local_heads = given.get("local_heads", half(n_head - recall_heads - sharing))
     block_size = given.get("block_size", power_of_two(longest, LEAST, 128))
     batch_size = given.get("batch_size", 16)
     step = batch_size * block_size * given.get("grad_accum_steps", 1)

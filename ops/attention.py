@@ -244,7 +244,7 @@ def _(lambda_q, lambda_k, v, temperature, decay, bias, sink, impl):
     if impl == "triton":
         return out, lse, v.new_empty(2, B, H, T, D), lambda_q.new_empty(B, H, 2)
     if impl == "grid":
-        return out, lse, v.new_empty(2, B, H, T, D), v.new_empty(backend(impl).Bins.numbers(B, H, T), dtype=torch.int32)
+        return out, lse, v.new_empty(2, B, H, T, D), v.new_empty(sum(backend(impl).Bins.parts(B, H, T)), dtype=torch.int32)
     return out, lse, v.new_empty(B, H, T, D), v.new_empty(B, H, T)
 
 
@@ -347,7 +347,10 @@ def _fastest(device, context):  # reports its choice on standard error; cached, 
         except Exception as error:  # no compiler, or one that cannot compile this code
             impl, reason = "tree", f"attention.cpp could not be compiled: {first_line(error)}"
     else:
-        impl = {(True, True): "grid", (True, False): "triton", (False, True): "tree", (False, False): "naive"}[tiles, context == "long"]
+        if context == "long":
+            impl = "grid" if tiles else "tree"
+        else:
+            impl = "triton" if tiles else "naive"
         reason = f"{'from' if context == 'long' else 'below'} {long_from(device):,} tokens{' on' if context == 'long' else ''}"
         if device == "cuda" and not tiles:
             reason += ", without the package triton or a GPU of compute capability 8.0"

@@ -32,17 +32,17 @@ from ops.attention_triton import (
     NOTHING,
     PAD,
     QUERIES_BLOCK,
-    add,
+    add_far,
     entries,
     launch_queries,
-    one_if_deterministic,
     padded,
     product,
     rows,
-    short_bench,
+    store_gradients,
+    store_values,
     strides,
+    tuned,
     width,
-    with_sink,
 )
 
 
@@ -88,22 +88,7 @@ def tile(plus, minus, one_plus, one_minus, scale, x, w, s, seen, sharpness, sour
     u_a, u_b = split(u)
     e = (w_a[:, None] + u_a[None, :]) + (w_b[:, None] + u_b[None, :])
     e = tl.where(seen, e - tl.abs(distance) * sharpness, float("-inf"))
-    higher = tl.maximum(scale, tl.max(e, 1))
-    P, kept = tl.exp(e - higher[:, None]).to(row.dtype).to(tl.float32), tl.exp(scale - higher)
-    below = distance <= 0 if BACKWARD else distance >= 0
-    plus, minus, one_plus, one_minus = add(
-        plus * kept[:, None],
-        minus * kept[:, None],
-        one_plus * kept,
-        one_minus * kept,
-        tl.where(below, P, 0.0),
-        tl.where(below, 0.0, P),
-        row,
-        one,
-        BACKWARD,
-        INTERPRET,
-    )
-    return plus, minus, one_plus, one_minus, higher
+    return add_far(plus, minus, one_plus, one_minus, scale, e, distance, row, one, BACKWARD, INTERPRET)
 
 
 @triton.jit
@@ -111,7 +96,7 @@ def places(lambda_q, lambda_k, t, mask, side):
     """Where the items t of a side, 0 for keys and 1 for queries, stand in the merged order, int64: by lambda, at ties keys first, then by
     time."""
     x = tl.load(lambda_k + t, mask=mask & (side == 0), other=0.0) + tl.load(lambda_q + t, mask=mask & (side == 1), other=0.0)
-    bits = (x + 0.0).to(tl.int32, bitcast=True)  # adds 0, which makes 0 of -0
+    bits = x.to(tl.int32, bitcast=True)  # never -0: one of the two is 0
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # in the order of the numbers
     return (bits.to(tl.int64) << 32) | (side.to(tl.int64) << 31) | t.to(tl.int64)
 
@@ -348,27 +333,13 @@ def grid_kernel(receiver_x, receiver_w, receiver_bin, source_x, source_w, source
             plus, minus, one_plus, one_minus, scale, x, w, s, seen, sharpness, source_x, source_w, source_one, source, source_t, d, T,
             D, WIDTH, BACKWARD, INTERPRET)  # fmt: skip
 
-    place = out + b * out_b + h * out_h + r64[:, None] * out_t + d[None, :]  # out is dV in the backward pass
+    out += b * out_b + h * out_h
     if BACKWARD:
-        unit = tl.exp(scale)
-        total, diff = (plus + minus) * unit[:, None], (plus - minus) * unit[:, None]
-        tl.store(place, total, mask=inside)
-        value = rows(v + b * v_b + h // GROUP * v_h, r, d, v_t, T, D, WIDTH, False).to(tl.float32)
-        db = (tl.sum(diff * value, 1) + (one_plus - one_minus) * unit) * sharpness
-        tl.store(grad_k + head * T + r, db, mask=r < T)
-        tl.store(grad_weight + head * T + r, tl.sum(total * value, 1) + (one_plus + one_minus) * unit, mask=r < T)
-        tl.store(moment + head * T + r, -x * db * sharpness, mask=r < T)
+        v += b * v_b + h // GROUP * v_h
+        store_gradients(plus, minus, one_plus, one_minus, scale, -x, sharpness, v, out, grad_k, grad_weight, moment, head, r, d, v_t, out_t,
+                        T, D, WIDTH)  # fmt: skip
     else:
-        Z = one_plus + one_minus
-        if sink is not None:
-            plus, minus, one_plus, one_minus, scale, Z = with_sink(plus, minus, one_plus, one_minus, scale, tl.load(sink + h))
-        total = (plus + minus) / Z[:, None]
-        rounded = total.to(out.dtype.element_ty)
-        tl.store(place, rounded, mask=inside)
-        place = spread + (head * T + r64)[:, None] * D + d[None, :]
-        tl.store(place, (plus - minus) / Z[:, None] - ((one_plus - one_minus) / Z)[:, None] * total, mask=inside)
-        tl.store(place + heads * T * D, total - rounded.to(tl.float32), mask=inside)
-        tl.store(lse + head * T + r, (scale + tl.log(Z)).to(tl.float64), mask=r < T)
+        store_values(plus, minus, one_plus, one_minus, scale, sink, out, spread, lse, head, h, r, d, out_t, T, D)
 
 
 # (M receivers, N sources, warps, most registers per thread): autotuning picks one for bin_kernel and grid_kernel each; (N sources, warps)
@@ -383,9 +354,7 @@ def launcher(kernel, tiles):
     if INTERPRETED:  # autotuning needs a device
         return lambda grid, *args: kernel[grid(tiles[0][0])](*args, **tiles[0][0])
     configs = [triton.Config(tile, num_warps=warps, num_stages=2, maxnreg=registers) for tile, warps, registers in tiles]
-    prune = {"early_config_prune": one_if_deterministic}
-    tuned = triton.autotune(configs, key=["WIDTH", "BACKWARD", "K"], prune_configs_by=prune, do_bench=short_bench)(kernel)
-    return lambda grid, *args: tuned[grid](*args)
+    return tuned(kernel, configs, ["WIDTH", "BACKWARD", "K"])
 
 
 PAIRS = [({"M": M, "N": N}, warps, registers) for M, N, warps, registers in TILES]
@@ -411,7 +380,7 @@ class Bins:
         self.C, self.K = C, K = sizes(T)
         chunks, S = triton.cdiv(T, C), min(SAMPLE, 2 * T)
         numbers = dict(dtype=torch.int32, device=lambda_q.device)
-        self.all = torch.empty(Bins.numbers(B, H, T), **numbers) if all is None else all
+        self.all = torch.empty(sum(Bins.parts(B, H, T)), **numbers) if all is None else all
         parts = self.all.split(Bins.parts(B, H, T))
         self.bin, self.order = (part.view(2, B, H, T) for part in parts[:2])
         self.start, self.before = parts[2].view(2, B, H, K + 1), parts[3].view(2, B, H, chunks + 1, K)
@@ -430,10 +399,6 @@ class Bins:
         """How many numbers bin, order, start and before have."""
         C, K = sizes(T)
         return [2 * B * H * n for n in (T, T, K + 1, (triton.cdiv(T, C) + 1) * K)]
-
-    @staticmethod
-    def numbers(B, H, T):
-        return sum(Bins.parts(B, H, T))
 
 
 def sums(lambda_q, lambda_k, weights, one, source, v, temperature, outputs, bins, backward):

@@ -272,6 +272,22 @@ def far_tile(
             e += (-from_edge if BACKWARD else from_edge).to(tl.float32)[None, :]
     if DIAGONAL:
         e = tl.where(s[None, :] >= r[:, None] if BACKWARD else s[None, :] <= r[:, None], e, float("-inf"))
+    return add_far(plus, minus, one_plus, one_minus, scale, e, distance, row, one, BACKWARD, INTERPRET)
+
+
+@triton.jit
+def add(plus, minus, one_plus, one_minus, P_plus, P_minus, row, one, BACKWARD: tl.constexpr, INTERPRET: tl.constexpr):
+    """Add a tile's sums to the sums."""
+    plus += product(P_plus, row, INTERPRET)
+    minus += product(P_minus, row, INTERPRET)
+    if BACKWARD:
+        P_plus, P_minus = P_plus * one[None, :], P_minus * one[None, :]
+    return plus, minus, one_plus + tl.sum(P_plus, 1), one_minus + tl.sum(P_minus, 1)
+
+
+@triton.jit
+def add_far(plus, minus, one_plus, one_minus, scale, e, distance, row, one, BACKWARD: tl.constexpr, INTERPRET: tl.constexpr):
+    """add() of weights exp(e), to sums in units of exp(scale), which a greater exponent rescales. distance: receivers less sources."""
     higher = tl.maximum(scale, tl.max(e, 1))
     P, kept = tl.exp(e - higher[:, None]).to(row.dtype).to(tl.float32), tl.exp(scale - higher)
     below = distance <= 0 if BACKWARD else distance >= 0
@@ -291,16 +307,6 @@ def far_tile(
 
 
 @triton.jit
-def add(plus, minus, one_plus, one_minus, P_plus, P_minus, row, one, BACKWARD: tl.constexpr, INTERPRET: tl.constexpr):
-    """Add a tile's sums to the sums."""
-    plus += product(P_plus, row, INTERPRET)
-    minus += product(P_minus, row, INTERPRET)
-    if BACKWARD:
-        P_plus, P_minus = P_plus * one[None, :], P_minus * one[None, :]
-    return plus, minus, one_plus + tl.sum(P_plus, 1), one_minus + tl.sum(P_minus, 1)
-
-
-@triton.jit
 def with_sink(plus, minus, one_plus, one_minus, scale, sink):
     """The sums and their scale, rescaled to make room for the sink, a log weight; and Z, the sum of all weights with it."""
     sink = sink.to(scale.dtype)
@@ -308,6 +314,36 @@ def with_sink(plus, minus, one_plus, one_minus, scale, sink):
     kept = tl.exp(scale - higher)
     plus, minus, one_plus, one_minus = plus * kept[:, None], minus * kept[:, None], one_plus * kept, one_minus * kept
     return plus, minus, one_plus, one_minus, higher, one_plus + one_minus + tl.exp(sink - higher)
+
+
+@triton.jit
+def store_gradients(plus, minus, one_plus, one_minus, scale, away, sharpness, v, out, grad_k, grad_weight, moment, head, r, d, v_t, out_t,
+                    T, D: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """What the backward pass writes of the keys r, whose lambdas are -away from the point that moments are taken about: dV to out."""
+    unit = tl.exp(scale)
+    total, diff = (plus + minus) * unit[:, None], (plus - minus) * unit[:, None]
+    tl.store(out + r.to(tl.int64)[:, None] * out_t + d[None, :], total, mask=(r < T)[:, None] & (d < D)[None, :])
+    value = rows(v, r, d, v_t, T, D, WIDTH, False).to(tl.float32)
+    db = (tl.sum(diff * value, 1) + (one_plus - one_minus) * unit) * sharpness
+    tl.store(grad_k + head * T + r, db, mask=r < T)
+    tl.store(grad_weight + head * T + r, tl.sum(total * value, 1) + (one_plus + one_minus) * unit, mask=r < T)
+    tl.store(moment + head * T + r, away * db * sharpness, mask=r < T)
+
+
+@triton.jit
+def store_values(plus, minus, one_plus, one_minus, scale, sink, out, spread, lse, head, h, r, d, out_t, T, D: tl.constexpr):
+    """What the forward pass writes of the queries r."""
+    Z = one_plus + one_minus
+    if sink is not None:
+        plus, minus, one_plus, one_minus, scale, Z = with_sink(plus, minus, one_plus, one_minus, scale, tl.load(sink + h))
+    inside, r64 = (r < T)[:, None] & (d < D)[None, :], r.to(tl.int64)
+    total = (plus + minus) / Z[:, None]
+    rounded = total.to(out.dtype.element_ty)
+    tl.store(out + r64[:, None] * out_t + d[None, :], rounded, mask=inside)
+    place = spread + (head * T + r64)[:, None] * D + d[None, :]
+    tl.store(place, (plus - minus) / Z[:, None] - ((one_plus - one_minus) / Z)[:, None] * total, mask=inside)
+    tl.store(place + tl.num_programs(0).to(tl.int64) * T * D, total - rounded.to(tl.float32), mask=inside)
+    tl.store(lse + head * T + r, scale + tl.log(Z), mask=r < T)
 
 
 def sums_kernel(
@@ -521,30 +557,15 @@ def sums_kernel(
                 N,
             )
 
-    inside = (r < T)[:, None] & (d < D)[None, :]
-    place = out + b * out_b + h * out_h + r.to(tl.int64)[:, None] * out_t + d[None, :]  # out is dV in the backward pass
+    out += b * out_b + h * out_h
     if BACKWARD:
         if bias is not None:
             scale += entries(bias, r, T, 0.0).to(tl.float32)
-        unit = tl.exp(scale)
-        total, diff = (plus + minus) * unit[:, None], (plus - minus) * unit[:, None]
-        tl.store(place, total, mask=inside)
-        value = rows(v + b * v_b + h // GROUP * v_h, r, d, v_t, T, D, WIDTH, False).to(tl.float32)
-        db = (tl.sum(diff * value, 1) + (one_plus - one_minus) * unit) * sharpness
-        tl.store(grad_k + head * T + r, db, mask=r < T)
-        tl.store(grad_weight + head * T + r, tl.sum(total * value, 1) + (one_plus + one_minus) * unit, mask=r < T)
-        tl.store(moment + head * T + r, (p - x) * db * sharpness, mask=r < T)
+        v += b * v_b + h // GROUP * v_h
+        store_gradients(plus, minus, one_plus, one_minus, scale, p - x, sharpness, v, out, grad_k, grad_weight, moment, head, r, d, v_t,
+                        out_t, T, D, WIDTH)  # fmt: skip
     else:
-        Z = one_plus + one_minus
-        if sink is not None:
-            plus, minus, one_plus, one_minus, scale, Z = with_sink(plus, minus, one_plus, one_minus, scale, tl.load(sink + h))
-        total = (plus + minus) / Z[:, None]
-        rounded = total.to(out.dtype.element_ty)
-        tl.store(place, rounded, mask=inside)
-        place = spread + (head * T + r.to(tl.int64))[:, None] * D + d[None, :]
-        tl.store(place, (plus - minus) / Z[:, None] - ((one_plus - one_minus) / Z)[:, None] * total, mask=inside)
-        tl.store(place + tl.num_programs(0).to(tl.int64) * T * D, total - rounded.to(tl.float32), mask=inside)
-        tl.store(lse + head * T + r, scale + tl.log(Z), mask=r < T)
+        store_values(plus, minus, one_plus, one_minus, scale, sink, out, spread, lse, head, h, r, d, out_t, T, D)
 
 
 # (M, N, warps, stages, most registers per thread): autotuning picks one for each pass, head size, dtype and tuned_for(T) it meets
@@ -565,20 +586,21 @@ def short_bench(call, quantiles):
     return triton.testing.do_bench(call, warmup=5, rep=20, quantiles=quantiles)
 
 
+def tuned(kernel, configs, key, **options):
+    """The jitted kernel, a grid and its arguments given, with the fastest of configs for each value of the arguments `key`."""
+    prune = {"early_config_prune": one_if_deterministic}
+    kernel = triton.autotune(configs, key=key, prune_configs_by=prune, do_bench=short_bench, **options)(kernel)
+    return lambda grid, *args: kernel[grid](*args)
+
+
 def launcher():
     kernel = triton.jit(sums_kernel)
     if INTERPRETED:  # autotuning needs a device
         return lambda grid, *args: kernel[grid(INTERPRETED_TILE)](*args, **INTERPRETED_TILE)
-    tuned = triton.autotune(
-        [
-            triton.Config({"M": M, "N": N}, num_warps=warps, num_stages=stages, maxnreg=registers)
-            for M, N, warps, stages, registers in TILES
-        ],
-        key=["WIDTH", "BACKWARD", "TUNED"],
-        prune_configs_by={"early_config_prune": one_if_deterministic},
-        do_bench=short_bench,
-    )(kernel)
-    return lambda grid, *args: tuned[grid](*args)
+    configs = [
+        triton.Config({"M": M, "N": N}, num_warps=warps, num_stages=stages, maxnreg=registers) for M, N, warps, stages, registers in TILES
+    ]
+    return tuned(kernel, configs, ["WIDTH", "BACKWARD", "TUNED"])
 
 
 launch_keys, launch_queries, launch_sums = triton.jit(key_kernel), triton.jit(query_kernel), launcher()

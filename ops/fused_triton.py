@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ops.attention_triton import one_if_deterministic, short_bench
+from ops.attention_triton import tuned
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1
 CHUNK = 4096  # tokens whose logits are in memory at once, or a 32nd of the batch if that is more
@@ -74,11 +74,7 @@ def launcher(fits):
     if INTERPRETED:  # autotuning needs a device
         return lambda grid, *args: kernel[grid](*args, **blocks[fits])
     configs = [triton.Config(block, num_warps=warps) for block in blocks[: 1 + fits] for warps in WARPS]
-    prune = {"early_config_prune": one_if_deterministic}
-    tuned = triton.autotune(configs, key=["width", "NEEDS_GRAD"], restore_value=["logits"], prune_configs_by=prune, do_bench=short_bench)(
-        kernel
-    )
-    return lambda grid, *args: tuned[grid](*args)
+    return tuned(kernel, configs, ["width", "NEEDS_GRAD"], restore_value=["logits"])
 
 
 def summed_loss(x, weight, targets, softcap, needs_grad, dtype):

@@ -2,11 +2,12 @@
 set -euo pipefail
 child= ending=
 trap 'end_with 130' INT  # it has reached the child too
-trap '[ -z "$child" ] || kill -TERM $child 2> /dev/null || true; end_with 143' TERM
-trap '[ -z "$child" ] || kill -HUP $child 2> /dev/null || true; end_with 129' HUP
-end_with() {  # STATUS: ends the script, or lets show() do so when its command, which may be saving, has ended
+trap 'end_with 143 TERM' TERM
+trap 'end_with 129 HUP' HUP
+end_with() {  # STATUS [SIGNAL]: ends the script, or hands the signal on and lets show() do so when its command, which may be saving, has ended
     ending=$1
     [ -n "$child" ] || leave
+    [ -z "${2-}" ] || kill -$2 $child 2> /dev/null || true
 }
 leave() {
     [ $ending -ne 130 ] || echo "$0: interrupted" >&2

@@ -116,7 +116,8 @@ def learn(config, task, seed, steps, batch_size, learning_rate):
     with torch.no_grad():
         for T in LENGTHS:
             draw = np.random.default_rng([seed, T])
-            batches = (task(draw, 32 if T <= 512 else 8, T) for _ in range(8 if T <= 512 else 32))
+            B = 32 if T <= 512 else 8
+            batches = (task(draw, B, T) for _ in range(256 // B))
             right = [(logits.argmax(-1) == right).float().mean().item() for logits, right in (answers(model, *batch) for batch in batches)]
             accuracy[T] = sum(right) / len(right)
     return accuracy

@@ -3,6 +3,7 @@ from conftest import fails, ok
 
 from common import UserError
 from data import sizes
+from model import ModelConfig
 
 
 def chosen(train, val, documents, words, **given):
@@ -19,9 +20,12 @@ def test_sizes_follow_the_amount_of_text():
     records = chosen(850_000, 43_000, 9_500, 13_000)
     assert (records["features"], records["n_embd"], records["block_size"], records["max_steps"]) == (128, 128, 128, 1000)
     assert (records["local_heads"], records["recall_heads"]) == (3, 4)
-    shared = [chosen(850_000, 43_000, 9_500, 13_000, n_kv_head=n) for n in (4, 2, 1)]
-    assert [(given["local_heads"], given["recall_heads"]) for given in shared] == [(3, 4), (3, 4), (4, 0)]
-    assert [chosen(850_000, 43_000, 9_500, 13_000, local_heads=n)["recall_heads"] for n in (0, 6, 7)] == [4, 2, 1]
+    heads = lambda **given: {name: chosen(850_000, 43_000, 9_500, 13_000, **given)[name] for name in ("local_heads", "recall_heads")}
+    of_given = [(n_head, n_kv_head) for n_head in (1, 2, 6, 8, 9) for n_kv_head in range(1, n_head + 1) if n_head % n_kv_head == 0]
+    for n_head, n_kv_head in of_given:  # those that the model takes
+        ModelConfig(n_embd=32 * n_head, n_head=n_head, n_kv_head=n_kv_head, **heads(n_head=n_head, n_kv_head=n_kv_head))
+    assert [tuple(heads(n_kv_head=n).values()) for n in (4, 2, 1)] == [(2, 4), (0, 4), (0, 0)]
+    assert [heads(local_heads=n)["recall_heads"] for n in (0, 6, 7)] == [4, 2, 1]
     *_, why = [value for name, value, _ in sizes.of_corpus(850_000, 43_000, 9_500, 13_000, {}, characters=True) if name == "recall_heads"]
     assert why == 0
     books = chosen(850_000, 43_000, 40, 13_000)
