@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import Parser, UserError, run, waiting
 from data.corpus import Corpus
-from ops.model_config import ModelConfig
+from ops.model_config import ModelConfig, chosen_heads
 
 DOCUMENTS = 20_000  # that are embedded, at most
 LEAST = 4  # tokens of context: the convolution's taps
@@ -69,8 +69,8 @@ def of_corpus(train, val, documents, words, given, characters=False):
     if longest < LEAST:
         raise UserError(f"{train} tokens to train on and {val} for validation are too few: {4 * LEAST} and {LEAST + 1} are needed at least")
     n_embd = given.get("n_embd", 128 if train >= 50_000 else 64)
-    n_head = given.get("n_head", 8)
-    head = max(2, n_embd // max(n_head, 1))  # features of a head
+    heads = chosen_heads(given, characters)
+    head = max(2, n_embd // max(heads["n_head"], 1))  # features of a head
     known = min(documents, DOCUMENTS, words)
     features = next((features for features in (n_embd, head) if features < known), 0)
     found = f"{documents:,} documents with {words:,} words that two of them share"
@@ -80,10 +80,6 @@ def of_corpus(train, val, documents, words, given, characters=False):
         why = "of every head, in a chain: no domain's graph can be made of " + (
             "one document (--split_on='\\n\\n' makes one of each paragraph)" if documents == 1 else found
         )
-    sharing = max(1, n_head // max(given.get("n_kv_head", n_head), 1))  # query heads to a head of keys, all of one sort
-    half = lambda left: max(0, min(n_head // 2, left)) // sharing * sharing
-    recall_heads = given.get("recall_heads", 0 if characters else half(n_head - given.get("local_heads", 0)))
-    local_heads = given.get("local_heads", half(n_head - recall_heads - sharing))
     block_size = given.get("block_size", power_of_two(longest, LEAST, 128))
     batch_size = given.get("batch_size", 16)
     step = batch_size * block_size * given.get("grad_accum_steps", 1)
@@ -98,9 +94,9 @@ def of_corpus(train, val, documents, words, given, characters=False):
         ("graph", "domain" if features else "chain", "of the features"),
         ("n_layer", given.get("n_layer", 4 if train >= 50_000 else 2), "blocks"),
         ("n_embd", n_embd, "wide"),
-        ("n_head", n_head, "heads"),
-        ("local_heads", local_heads, "of the heads see the last 16 tokens only"),
-        ("recall_heads", recall_heads, "of the heads look for what followed the same tokens before"),
+        ("n_head", heads["n_head"], "heads"),
+        ("local_heads", heads["local_heads"], "of the heads see the last 16 tokens only"),
+        ("recall_heads", heads["recall_heads"], "of the heads look for what followed the same tokens before"),
         ("block_size", block_size, f"tokens of context; {train:,} tokens to train on, {val:,} for validation"),
         ("batch_size", batch_size, "sequences a step"),
         ("max_steps", max_steps, f"of {step:,} tokens: {seen}"),

@@ -99,3 +99,15 @@ class ModelConfig(ModelSettings):
     @property
     def recall_kv_heads(self):
         return self.recall_heads * self.n_kv_head // self.n_head
+
+
+def chosen_heads(given, characters=False):
+    """{name: value} of n_head, local_heads and recall_heads, as runs/own_text.sh takes them where they are not in `given`, its settings:
+    one half of the heads recall heads, all but one of the other local. characters: the tokens are characters, among which recall heads
+    gain nothing."""
+    n_head = given.get("n_head", 8)
+    sharing = max(1, n_head // max(given.get("n_kv_head", n_head), 1))  # query heads to a head of keys, all of one sort
+    half = lambda left: max(0, min(n_head // 2, left)) // sharing * sharing
+    recall_heads = given.get("recall_heads", 0 if characters else half(n_head - given.get("local_heads", 0)))
+    local_heads = given.get("local_heads", half(n_head - recall_heads - sharing))
+    return dict(n_head=n_head, local_heads=local_heads, recall_heads=recall_heads)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import ROOT, Parser, UserError, run
-from ops.model_config import ModelConfig
+from ops.model_config import ModelConfig, chosen_heads
 from training.config import Settings, add_settings, check_schedule, given_settings, model_settings, read_settings
 
 OF_SIZES = ("vocab_size", "val_fraction")  # options of data/text/prepare.py that data/sizes.py chooses where they are not given
@@ -60,7 +60,7 @@ def checked_source(source):
 
 def checked_settings(given):
     """Raise UserError for settings that train.py would refuse after all the rest was done."""
-    settings = Settings(**read_settings(ROOT / "configs/own_text.toml") | given)
+    settings = Settings(**read_settings(ROOT / "configs/own_text.toml") | chosen_heads(given) | given)
     check_schedule(settings)
     ModelConfig(**model_settings(settings))
     if given.get("init_from", "auto") not in ("auto", "scratch", "resume") and not os.path.exists(given["init_from"]):

@@ -4,6 +4,7 @@ from conftest import fails, ok
 from common import UserError
 from data import sizes
 from model import ModelConfig
+from training import own_text
 
 
 def chosen(train, val, documents, words, **given):
@@ -23,7 +24,9 @@ def test_sizes_follow_the_amount_of_text():
     heads = lambda **given: {name: chosen(850_000, 43_000, 9_500, 13_000, **given)[name] for name in ("local_heads", "recall_heads")}
     of_given = [(n_head, n_kv_head) for n_head in (1, 2, 6, 8, 9) for n_kv_head in range(1, n_head + 1) if n_head % n_kv_head == 0]
     for n_head, n_kv_head in of_given:  # those that the model takes
-        ModelConfig(n_embd=32 * n_head, n_head=n_head, n_kv_head=n_kv_head, **heads(n_head=n_head, n_kv_head=n_kv_head))
+        given = dict(n_embd=32 * n_head, n_head=n_head, n_kv_head=n_kv_head)
+        ModelConfig(**given, **heads(**given))
+        own_text.checked_settings(given)
     assert [tuple(heads(n_kv_head=n).values()) for n in (4, 2, 1)] == [(2, 4), (0, 4), (0, 0)]
     assert [heads(local_heads=n)["recall_heads"] for n in (0, 6, 7)] == [4, 2, 1]
     *_, why = [value for name, value, _ in sizes.of_corpus(850_000, 43_000, 9_500, 13_000, {}, characters=True) if name == "recall_heads"]
