@@ -30,7 +30,8 @@ from ops.model_config import ModelConfig, ModelSettings  # noqa: F401 (callers t
 INIT_STD = 0.02
 # Where recall heads start: their matrix; for tau the temperature, and the logit of a key of value 0; for dot the sharpness of the logits;
 RECALL_STD, RECALL_TEMPERATURE, RECALL_SINK, RECALL_SHARPNESS = 1.0, 1e-4, -4.0, 3.0
-RECALL_HOLD = {"tau": -6.0, "dot": -1.0}  # and the logit of what a vector keeps of the one before
+RECALL_HOLD = {"tau": -6.0, "dot": -1.0}  # and the logit of what a vector keeps of the one before;
+RECALL_WARM = 0.1, -1.0  # for tau, temperature and that logit of the last one, which learns what is to be passed over: see recalled()
 
 
 def without_autocast(x):
@@ -176,6 +177,9 @@ class Attention(nn.Module):
         log_sharpness[H - config.recall_heads :] = math.log(
             config.temperature / RECALL_TEMPERATURE if config.attention == "tau" else RECALL_SHARPNESS
         )
+        if config.attention == "tau" and config.learn_temperature and config.recall_kv_heads > 1:
+            log_sharpness[-(H // Hkv) :] = math.log(config.temperature / RECALL_WARM[0])
+            nn.init.constant_(self.hold.bias[-1:], RECALL_WARM[1])
         if config.learn_temperature:
             self.log_sharpness = nn.Parameter(log_sharpness)
         elif config.recall_heads:
@@ -229,7 +233,7 @@ class Attention(nn.Module):
         """The vectors (B, T, recall_kv_heads, D) of the recall heads: running means kbar_t = r_t kbar_(t-1) + (1 - r_t) k_t of a projection
         k of the tokens, with a gate r of the token. With a small r, the energy of kbar is a number whose leading digits are the token's,
         and further ones those of the tokens before it, so that the nearest lambda is that of the longest common suffix; an r near 1
-        passes a token over."""
+        passes a token over. No gradient tells r to grow where lambdas are farther apart than a few temperatures: one head starts warm."""
         with without_autocast(tokens):  # equal tokens are to be equal to the last bit
             k = norm(self.recall(tokens).unflatten(-1, (-1, self.config.head_size)))
             r = self.hold(tokens).sigmoid()[..., None]

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# How does the loss change in texts longer than the context a model was trained on, and what do the stream cache's bins cost? Four small
-# models, tau in the published form and in the best one, whose temperatures are learned and sharp, and their dot-product twins, on a JSONL
-# file of yours:
+# How does the loss change in texts longer than the context a model was trained on, and what do the stream cache's bins cost? Six small
+# models, tau in the published form, in the best one without recall heads, whose temperatures are learned and sharp, and in that with
+# them, and their dot-product twins, on a JSONL file of yours:
 #
 #     bash runs/context.sh FILE.jsonl
 #
@@ -20,6 +20,10 @@ show python train.py configs/study.toml --init_from=auto --data_dir=$data --out_
 of_both="--learn_temperature=True --forget=gate --conv=4 --key_bias=True --output_gate=True"
 show python train.py configs/study.toml --init_from=auto --data_dir=$data --out_dir=$out/best $of_both --temperature=0.1 \
     --spectral_filter=True --tau_rope=False --local_heads=2
+show python train.py configs/study.toml --init_from=auto --data_dir=$data --out_dir=$out/recall $of_both --temperature=0.1 \
+    --spectral_filter=True --tau_rope=False --n_head=8 --local_heads=3 --recall_heads=4
 show python train.py configs/study.toml --init_from=auto --data_dir=$data --out_dir=$out/dot --attention=dot
 show python train.py configs/study.toml --init_from=auto --data_dir=$data --out_dir=$out/dot_best --attention=dot $of_both
-show python bench.py context --runs $out/published $out/best $out/dot $out/dot_best --data_dir=$data
+show python train.py configs/study.toml --init_from=auto --data_dir=$data --out_dir=$out/dot_recall --attention=dot $of_both --n_head=8 \
+    --recall_heads=4
+show python bench.py context --runs $out/published $out/best $out/recall $out/dot $out/dot_best $out/dot_recall --data_dir=$data
