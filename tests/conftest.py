@@ -33,9 +33,13 @@ def pytest_runtest_setup(item):
         pytest.skip("no CUDA device")
 
 
-# Scripts run as a user runs them, a process each, but forked from one that has imported their packages: that takes 2 s.
+# Scripts run as a user runs them, a process each, but forked from one that has imported their packages, which takes seconds; also those
+# that are imported when they are needed: torch._dynamo by an optimizer, scikit-learn by LSA.
 WARM = multiprocessing.get_context("forkserver")
-WARM.set_forkserver_preload(["conftest", "train", "sample", "plot", "export", "data.embed", "studies.energy"])
+WARM.set_forkserver_preload(
+    ["conftest", "train", "sample", "plot", "export", "data.embed", "studies.energy", "decoding.stream"]
+    + ["torch._dynamo", "torch.utils.cpp_extension", "sklearn.decomposition", "sklearn.feature_extraction.text"]
+)
 
 
 def as_main(script, args, cwd, out, err):
