@@ -31,6 +31,7 @@ INIT_STD = 0.02
 # Where recall heads start: their matrix; for tau the temperature, and the logit of a key of value 0; for dot the sharpness of the logits;
 RECALL_STD, RECALL_TEMPERATURE, RECALL_SINK, RECALL_SHARPNESS = 1.0, 1e-4, -4.0, 3.0
 RECALL_HOLD = {"tau": -6.0, "dot": -1.0}  # and the logit of what a vector keeps of the one before;
+RECALL_SLOPE = 2**-12  # what a step back costs them: they are to see far;
 RECALL_WARM = 0.1, -1.0  # for tau, temperature and that logit of the first one, which learns what is to be passed over: see recalled()
 
 
@@ -185,6 +186,7 @@ class Attention(nn.Module):
         elif config.recall_heads:
             self.register_buffer("log_sharpness", log_sharpness)
         slope = 2.0 ** (-8 * torch.arange(1, H + 1) / H)  # ALiBi's (Press et al. 2022)
+        slope[H - config.recall_heads :] = RECALL_SLOPE
         if config.forget == "slope":
             self.log_slope = nn.Parameter(slope.log())
         if config.forget == "gate":  # Forgetting Transformer (Lin et al. 2025); initially the slopes
