@@ -32,7 +32,7 @@ INIT_STD = 0.02
 RECALL_STD, RECALL_TEMPERATURE, RECALL_SINK, RECALL_SHARPNESS = 1.0, 1e-4, -4.0, 3.0
 RECALL_HOLD = {"tau": -6.0, "dot": -1.0}  # and the logit of what a vector keeps of the one before;
 RECALL_SLOPE = 2**-12  # what a step back costs them: they are to see far;
-RECALL_WARM = 0.1, -1.0  # for tau, temperature and that logit of the first one, which learns what is to be passed over: see recalled()
+RECALL_WARM = 0.1, -1.0  # for tau, temperature and that logit of the last one, which learns what is to be passed over: see recalled()
 
 
 def without_autocast(x):
@@ -179,8 +179,8 @@ class Attention(nn.Module):
             config.temperature / RECALL_TEMPERATURE if config.attention == "tau" else RECALL_SHARPNESS
         )
         if config.attention == "tau" and config.learn_temperature and config.recall_kv_heads > 1:
-            log_sharpness[H - config.recall_heads :][: H // Hkv] = math.log(config.temperature / RECALL_WARM[0])
-            nn.init.constant_(self.hold.bias[:1], RECALL_WARM[1])
+            log_sharpness[-(H // Hkv) :] = math.log(config.temperature / RECALL_WARM[0])
+            nn.init.constant_(self.hold.bias[-1:], RECALL_WARM[1])
         if config.learn_temperature:
             self.log_sharpness = nn.Parameter(log_sharpness)
         elif config.recall_heads:
