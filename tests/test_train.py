@@ -1,9 +1,11 @@
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 import tomllib
 from dataclasses import fields
 from types import SimpleNamespace
@@ -335,13 +337,14 @@ def test_what_the_system_says_of_a_file_is_told_in_words(tmp_path):
 
 def test_what_takes_long_is_said(monkeypatch, capsys, tmp_path):
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
-    said = ""
-    with waiting("thinking"):
-        while not said:
-            said = capsys.readouterr().err
-    with waiting("of nothing"):
-        pass
-    assert said == "thinking ...\n"
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", io.StringIO())
+        with waiting("thinking"):
+            while not sys.stderr.getvalue().endswith("\n"):
+                time.sleep(0.05)
+        with waiting("of nothing"):
+            pass
+        assert sys.stderr.getvalue() == "thinking ...\n"
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     for compiler, expected in (("no-such-compiler", ""), ("false", "compiling decode.cpp for this machine, once")):
         monkeypatch.setenv("CXX", compiler)
