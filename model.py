@@ -31,8 +31,8 @@ INIT_STD = 0.02
 # Where recall heads start: their matrix; for tau the temperature, and the logit of a key of value 0; for dot the sharpness of the logits;
 RECALL_STD, RECALL_TEMPERATURE, RECALL_SINK, RECALL_SHARPNESS = 1.0, 1e-4, -4.0, 3.0
 RECALL_HOLD = {"tau": -6.0, "dot": -1.0}  # and the logit of what a vector keeps of the one before;
-RECALL_SLOPE = 2**-12  # what a step back costs them: they are to see far;
-RECALL_WARM = 0.1, -1.0  # for tau, temperature and that logit of the last one, which learns what is to be passed over: see recalled()
+RECALL_WARM = 0.1, -1.0  # for tau, temperature and that logit of the last one, which learns what is to be passed over: see recalled();
+RECALL_SLOPE = 2**-12  # and what a step back costs them: they are to see far
 
 
 def without_autocast(x):

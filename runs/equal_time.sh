@@ -16,12 +16,12 @@ own=$1 text= seeds=${2:-1 2 3}
 . "$(dirname "$(realpath "$0")")/setup.sh"
 numbers SECONDS_EACH "${SECONDS_EACH:=1200}"
 numbers SEEDS "$seeds"
-forms=${FORMS:-tau dot}
-for form in $forms; do
-    case $form in tau | dot | dot_recall) ;; *) echo "runs/equal_time.sh: no form $form in FORMS; there are: tau dot dot_recall" >&2; exit 2 ;; esac
-done
-numbers CONTEXT "${CONTEXT:=4096}"
-[ $CONTEXT -ge 1 ] && [ $CONTEXT -le 32768 ] || { echo "runs/equal_time.sh: CONTEXT=$CONTEXT must be 1 to 32768 tokens" >&2; exit 2; }
+[[ ${CONTEXT:=4096} =~ ^[1-9][0-9]{0,4}$ ]] && [ $CONTEXT -le 32768 ] ||
+    { echo "runs/equal_time.sh: CONTEXT=$CONTEXT must be 1 to 32768 tokens" >&2; exit 2; }
+of_dot="--attention=dot --spectral_filter=False --local_heads=0 --tau_rope=True"
+forms=$(rows_called "tau|
+dot|$of_dot --recall_heads=0
+dot_recall|$of_dot" ${FORMS:-tau dot})
 [ -z "$text" ] || own=$(corpus_name "$text")
 data=data/${own}_4096 name=$(own_name "${NAME:-equal_time_${own}_$CONTEXT}")
 interval=$((50 * 4096 / CONTEXT)) iters=$((8 * 4096 / CONTEXT))  # so many tokens between validations, and in each, at any context
@@ -30,19 +30,20 @@ if [ -n "$text" ]; then bpe_corpus $data 4096 jsonl "$text"; else bpe_corpus $da
 [ -f $data/embeddings.npy ] || show python data/embed.py $data --dim=256
 [ -f $data/laplacian.parquet ] || show python build_laplacian.py $data/embeddings.npy --out=$data/laplacian.parquet
 
-one() {  # FORM SEED
-    local run=results/$name/$1_$2 out=out/$name/$1_$2 switches=(--attention=${1%_recall})
+one() {  # SEED "FORM|SETTINGS"
+    local form=${2%%|*} settings=${2#*|} run out
+    run=results/$name/${form}_$1 out=out/$name/${form}_$1
     [ -f $run/metrics.jsonl ] && return
-    [ $1 = tau ] || switches+=(--spectral_filter=False --local_heads=0 --tau_rope=True)
-    [ $1 != dot ] || switches+=(--recall_heads=0)
-    OMP_NUM_THREADS=1 timeout --foreground --signal=TERM $SECONDS_EACH python train.py configs/equal_time.toml --data_dir=$data --seed=$2 \
-        --block_size=$CONTEXT --eval_interval=$interval --eval_iters=$iters --out_dir=$out --overwrite=True "${switches[@]}" 2>&1 | last_line
+    OMP_NUM_THREADS=1 timeout --foreground --signal=TERM $SECONDS_EACH python train.py configs/equal_time.toml --data_dir=$data --seed=$1 \
+        --block_size=$CONTEXT --eval_interval=$interval --eval_iters=$iters --out_dir=$out --overwrite=True $settings 2>&1 | last_line
     [ ${PIPESTATUS[0]} = 124 ] && [ -f $out/metrics.jsonl ] || { echo "$out: not trained for $SECONDS_EACH seconds" >&2; return 1; }
     mkdir -p $run
     cp $out/metrics.jsonl $run/
 }
 export data name interval iters SECONDS_EACH CONTEXT
 export -f one last_line
-for seed in $seeds; do for form in $forms; do echo $form $seed; done; done | xargs -L 1 -P 2 bash -c 'one "$@"' one ||
+for seed in $seeds; do
+    while read -r form; do printf '%s\0%s\0' $seed "$form"; done <<< "$forms"
+done | xargs -0 -n 2 -P 2 bash -c 'one "$@"' one ||
     { echo "runs/equal_time.sh: runs failed, see above" >&2; exit 1; }
 show python plot.py results/$name/* --out="results/$name.png" --overwrite
