@@ -15,8 +15,8 @@ shift
 . "$(dirname "$(realpath "$0")")/setup.sh"
 name=$(own_name "${NAME:-ends}")
 numbers SEEDS "${SEEDS:=1 2 3}"
-numbers WORKERS "${WORKERS:=2}"
-numbers QUESTIONS "${QUESTIONS:=1000}"
+count WORKERS "${WORKERS:=2}"
+count QUESTIONS "${QUESTIONS:=1000}"
 own=$(corpus_name "$jsonl")
 data=data/$own
 

@@ -14,7 +14,7 @@
 own=$1 text= seeds=${2:-1 2 3}
 [ "$own" = python_code ] || text=$(realpath "$1")
 . "$(dirname "$(realpath "$0")")/setup.sh"
-numbers SECONDS_EACH "${SECONDS_EACH:=1200}"
+count SECONDS_EACH "${SECONDS_EACH:=1200}"
 numbers SEEDS "$seeds"
 [[ ${CONTEXT:=4096} =~ ^[1-9][0-9]{0,4}$ ]] && [ $CONTEXT -le 32768 ] ||
     { echo "runs/equal_time.sh: CONTEXT=$CONTEXT must be 1 to 32768 tokens" >&2; exit 2; }

@@ -86,6 +86,10 @@ numbers() {  # NAME "1 2 3": refuses a setting that is not whole numbers
     [[ $2 =~ ^[0-9]+(\ +[0-9]+)*$ ]] || { echo "$0: $1=\"$2\" must be whole numbers" >&2; exit 2; }
 }
 
+count() {  # NAME 2: refuses a setting that is not one whole number above 0
+    [[ $2 =~ ^0*[1-9][0-9]*$ ]] || { echo "$0: $1=\"$2\" must be one whole number above 0" >&2; exit 2; }
+}
+
 rows_called() {  # "NAME|SETTINGS of a row in each line" NAME ...: the rows of these names; one that there is not is refused
     local rows=$1 row line
     shift

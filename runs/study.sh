@@ -17,7 +17,7 @@ shift
 . "$(dirname "$(realpath "$0")")/setup.sh"
 name=$(own_name "${NAME:-study}")
 numbers SEEDS "${SEEDS:=1 2 3}"
-numbers WORKERS "${WORKERS:=2}"
+count WORKERS "${WORKERS:=2}"
 own=$(corpus_name "$jsonl")
 corpora=${CORPORA:-shakespeare_char python_docs $own}
 

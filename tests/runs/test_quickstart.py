@@ -115,6 +115,9 @@ def test_quickstart_and_study_in_a_fresh_copy_then_again(tmp_path):
     assert [(run["run"], run["best_loss"]) for run in again] == [(run["run"], run["best_loss"]) for run in runs]
     taken = study("dot", SEEDS="1 x")
     assert taken.returncode == 2 and taken.stderr == 'runs/study.sh: SEEDS="1 x" must be whole numbers\n'
+    for workers in ("0", "1 2"):
+        taken = study("dot", WORKERS=workers)
+        assert (taken.returncode, taken.stderr) == (2, f'runs/study.sh: WORKERS="{workers}" must be one whole number above 0\n')
     config.write_text(config.read_text().replace("max_steps = 4", "max_steps = -4"))
     failed = study("dot", SEEDS="2")
     assert failed.returncode == 1 and "out/my_study/python_docs/dot/2: failed" in failed.stderr and "max_steps" in failed.stdout
