@@ -33,7 +33,8 @@ class Settings(ModelSettings):
     embedding_init: str = setting(
         "normal",
         "of the token embeddings of a run from scratch. normal: N(0, 0.02); domain: the "
-        "domain's own token vectors, DATA_DIR/token_embeddings.npy, scaled to that variance",
+        "domain's own token vectors, DATA_DIR/token_embeddings.npy, scaled to that variance, "
+        "and recall heads compare their features",
         one_of("normal", "domain"),
     )
     tau_scope: str = setting(
