@@ -33,8 +33,7 @@ class Settings(ModelSettings):
     embedding_init: str = setting(
         "normal",
         "of the token embeddings of a run from scratch. normal: N(0, 0.02); domain: the "
-        "domain's own token vectors, DATA_DIR/token_embeddings.npy, scaled to that variance, "
-        "and recall heads compare their features",
+        "domain's own token vectors, DATA_DIR/token_embeddings.npy, scaled to that variance",
         one_of("normal", "domain"),
     )
     tau_scope: str = setting(

@@ -13,7 +13,7 @@ import torch
 from common import DAMAGED_ARRAY, LOCAL_RANK, RANK, WORLD, UserError, choose_device, first_line, waiting
 from data.corpus import Corpus
 from data.laplacian import load_laplacian
-from model import INIT_STD, RECALL_STD, ModelConfig, Tauformer
+from model import INIT_STD, ModelConfig, Tauformer
 from training import checkpoint, optim, processes, taumode
 from training.batches import step_batches
 from training.checkpoint import RunState
@@ -232,7 +232,6 @@ def new_model(settings, corpus):
         model = Tauformer(config, laplacian)
         if settings.embedding_init == "domain":
             origin = start_embedding(model, Path(settings.data_dir) / "token_embeddings.npy")
-            start_recall(model)
         return model, laplacian, origin
     except (RuntimeError, MemoryError) as error:
         raise UserError(
@@ -280,16 +279,6 @@ def start_embedding(model, path):
     length = vectors.norm(dim=1, keepdim=True)
     weight.copy_(torch.where(length > 0, vectors * (INIT_STD * math.sqrt(weight.size(1)) / length.clamp_min(1e-30)), weight))
     return hashlib.sha256(vectors.numpy().tobytes()).hexdigest()[:12]
-
-
-@torch.no_grad()
-def start_recall(model):
-    """Let the recall heads' vectors be those features of the embedding which their head owns (head_laplacians() in model.py): rows of the
-    identity, as long as random ones are on average."""
-    C, D, Hkv = model.config.n_embd, model.config.head_size, model.config.n_kv_head
-    owned = torch.arange(C).view(Hkv, -1)[Hkv - model.config.recall_kv_heads :, :D].flatten()
-    for block in model.blocks if len(owned) else ():
-        block.attention.recall.weight.copy_(RECALL_STD * math.sqrt(C) * torch.eye(C)[owned])
 
 
 def check_length(settings, corpus, T):

@@ -16,10 +16,8 @@ from test_train import last
 from build_laplacian import load_laplacian
 from data.corpus import Corpus
 from data.embed import lsa, lsa_embeddings, lsa_token_embeddings, token_strings
-from model import ModelConfig, Tauformer, kron_reduction, norm
 from studies.energy import auc, energies
 from training import checkpoint
-from training.start import start_recall
 
 TEXTS = [f"the {animal} eats {food} and the {animal} sleeps" for animal in ("cat", "dog", "hen") for food in ("fish", "corn", "meat")]
 
@@ -70,23 +68,6 @@ def test_training_starts_from_the_domains_token_vectors(here):
     for name in last(here / "d").keys() - {"model.embedding.weight"}:
         if "log_tau" not in name:
             assert torch.equal(last(here / "d")[name], last(here / "n")[name])
-
-
-@pytest.mark.parametrize("n_kv_head", (4, 2))
-def test_recall_heads_begin_with_the_features_that_their_graph_is_of(n_kv_head):
-    config = ModelConfig(block_size=8, vocab_size=20, n_layer=2, n_head=4, n_kv_head=n_kv_head, n_embd=32, recall_heads=2)
-    L = torch.rand(32, 32)
-    L = torch.diag((L + L.T).sum(1)) - L - L.T
-    model = Tauformer(config, L)
-    start_recall(model)
-    owner = model.blocks[0].attention
-    with torch.no_grad():
-        owner.hold.bias.fill_(-100)
-    tokens = norm(model.embedding(torch.arange(8)[None])).detach()
-    features = [slice(16, 24), slice(24, 32)] if n_kv_head == 4 else [slice(16, 24)]
-    for h, feature in enumerate(features):
-        torch.testing.assert_close(owner.recalled(tokens, None)[:, :, h], norm(tokens[..., feature]))
-        torch.testing.assert_close(model.laplacian[n_kv_head - len(features) + h], kron_reduction(L.double(), feature).float())
 
 
 def test_a_part_of_the_corpus_is_enough_where_only_that_is_read(here):
