@@ -22,11 +22,8 @@ def test_temperatures_and_gates_of_taus_recall_heads_learn_faster(attention, rec
     of = {names[weight]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for weight in group["params"]}
     assert set(of) == set(names.values()) and optimizer.param_groups[0]["lr"] == 0.5  # that which is logged
     for weight, name in names.items():
-        fast = {"log_sharpness": 5.0, "weight": 1.5, "bias": 1.5} if ".hold." in name or name.endswith("log_sharpness") else {}
-        assert of[name] == (
-            fast.get(name.split(".")[-1], 0.5) if attention == "tau" and recall_heads else 0.5,
-            0.1 if weight.ndim == 2 else 0.0,
-        ), name
+        fast = attention == "tau" and recall_heads and (".hold." in name or name.endswith("log_sharpness"))
+        assert of[name] == (5.0 if fast else 0.5, 0.1 if weight.ndim == 2 else 0.0), name
 
 
 @pytest.mark.parametrize("recall_heads", [0, 2])
