@@ -17,8 +17,6 @@ bpe_corpus $data 2048 jsonl "$jsonl"
 [ -f $data/embeddings.npy ] || show python data/embed.py $data --dim=128
 [ -f $data/laplacian.parquet ] || show python build_laplacian.py $data/embeddings.npy --out=$data/laplacian.parquet
 show python train.py configs/study.toml --init_from=auto --data_dir=$data --out_dir=$out/published
-of_both="--learn_temperature=True --forget=gate --conv=4 --key_bias=True --output_gate=True"
-of_tau="--temperature=0.1 --spectral_filter=True --tau_rope=False"
 show python train.py configs/study.toml --init_from=auto --data_dir=$data --out_dir=$out/best $of_both $of_tau --local_heads=2
 show python train.py configs/study.toml --init_from=auto --data_dir=$data --out_dir=$out/recall $of_both $of_tau --n_head=8 \
     --local_heads=3 --recall_heads=4

@@ -20,8 +20,7 @@ count QUESTIONS "${QUESTIONS:=1000}"
 own=$(corpus_name "$jsonl")
 data=data/$own
 
-of_both="--learn_temperature=True --forget=gate --conv=4 --key_bias=True --output_gate=True --n_head=8"
-of_tau="--temperature=0.1 --spectral_filter=True --tau_rope=False"
+of_both+=" --n_head=8"
 rows="tau|$of_both $of_tau --local_heads=4
 dot|--attention=dot $of_both
 tau, 4 recall|$of_both $of_tau --local_heads=3 --recall_heads=4

@@ -86,6 +86,10 @@ numbers() {  # NAME "1 2 3": refuses a setting that is not whole numbers
     [[ $2 =~ ^[0-9]+(\ +[0-9]+)*$ ]] || { echo "$0: $1=\"$2\" must be whole numbers" >&2; exit 2; }
 }
 
+# the switches of the best form: those that dot product has too, and those of tau alone
+of_both="--learn_temperature=True --forget=gate --conv=4 --key_bias=True --output_gate=True"
+of_tau="--temperature=0.1 --spectral_filter=True --tau_rope=False"
+
 count() {  # NAME 2: refuses a setting that is not one whole number above 0
     [[ $2 =~ ^0*[1-9][0-9]*$ ]] || { echo "$0: $1=\"$2\" must be one whole number above 0" >&2; exit 2; }
 }

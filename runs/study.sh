@@ -21,8 +21,6 @@ count WORKERS "${WORKERS:=2}"
 own=$(corpus_name "$jsonl")
 corpora=${CORPORA:-shakespeare_char python_docs $own}
 
-of_both="--learn_temperature=True --forget=gate --conv=4 --key_bias=True --output_gate=True"
-of_tau="--temperature=0.1 --spectral_filter=True --tau_rope=False"
 best="$of_both $of_tau --n_head=8 --local_heads=4"
 recall="$of_both $of_tau --n_head=8 --local_heads=3 --recall_heads=4"
 rows=$(sed 's/ *| */|/' <<EOF
