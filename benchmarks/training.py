@@ -25,9 +25,10 @@ PEAK = 989e12  # operations a second of an H100 or H200 in bfloat16, without spa
 
 def train_step(contender, nanogpt, B, T, steps, compile, threads, device):
     """(seconds of a training step, median; peak memory in MB; weights in matrix products) of a 30M model, in a fresh process; on a GPU
-    in bfloat16."""
+    in bfloat16. Every model has its own optimiser's groups and kernel."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")  # as train.py does, and nanoGPT's
     if contender == "nanogpt":
         sys.path.insert(0, nanogpt)
         sys.modules.pop("model")
@@ -35,13 +36,13 @@ def train_step(contender, nanogpt, B, T, steps, compile, threads, device):
 
         model = GPT(GPTConfig(block_size=T, vocab_size=VOCABULARY, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH, dropout=0.0, bias=False))
         loss_of = lambda model, idx, targets: model(idx, targets)[1]
+        optimizer = model.to(device).configure_optimizers(0.1, 1e-4, (0.9, 0.95), device)
     else:
         settings = read_settings(ROOT / "configs" / CONFIGS[contender])
         config = ModelConfig(**{f.name: settings[f.name] for f in fields(ModelSettings) if f.name in settings} | {"block_size": T})
         model = Tauformer(config, torch.from_numpy(laplacian_of(random_distances(WIDTH, seed=0))))
         loss_of = lambda model, idx, targets: model(idx, targets)
-    model.to(device)
-    optimizer = optim.adamw(model, 1e-4, (0.9, 0.95), weight_decay=0.1)
+        optimizer = optim.adamw(model.to(device), 1e-4, (0.9, 0.95), weight_decay=0.1)
     run = torch.compile(model) if compile else model
     times = []
     for _ in range(steps + 1):  # the first is a warm-up

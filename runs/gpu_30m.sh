@@ -6,13 +6,13 @@
 # a: tau_30m, the published run, 5,000 steps. b: its twin dot_30m, and tau_30m_best and dot_30m_best, 1,500 steps each, on the same
 # batches. c: for each model that is there, three samples and the loss on the held-out records. After LIMIT seconds it saves what is
 # unfinished and ends; the same command goes on. The corpus and its Laplacian must be in DATA (data/cve; runs/tau_30m.sh makes them).
-# Metrics, samples and the table go to results/my_NAME (NAME=30m), checkpoints to out/gpu_30m. Options go to train.py. Needs no
-# network: it takes .venv if there is one, else the active python3 (or PYTHON).
+# Metrics, samples and the table go to results/my_NAME (NAME=30m), checkpoints to out/gpu_30m. MODELS="tau_30m_best" leaves out the
+# others. Options go to train.py. Needs no network: it takes .venv if there is one, else the active python3 (or PYTHON).
 set -euo pipefail
 cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.."
 [[ ${LIMIT:=540} =~ ^[0-9]+$ ]] || { echo "$0: LIMIT=$LIMIT must be seconds" >&2; exit 2; }
 deadline=$((SECONDS + LIMIT))
-data=${DATA:-data/cve} results=results/my_${NAME:-30m} parts=${PARTS:-a b c} models="tau_30m dot_30m tau_30m_best dot_30m_best"
+data=${DATA:-data/cve} results=results/my_${NAME:-30m} parts=${PARTS:-a b c} models=${MODELS:-tau_30m dot_30m tau_30m_best dot_30m_best}
 [ ! -f .venv/bin/activate ] || . .venv/bin/activate
 python=${PYTHON:-python3}
 for file in train.bin val.bin laplacian.parquet; do
@@ -24,7 +24,7 @@ left() { echo $((deadline - SECONDS)); }
 
 train() {  # MODEL STEPS [--key=value ...]
     local model=$1 out=out/gpu_30m/$1 status=0
-    [ "$(left)" -gt 30 ] || return 0
+    [[ " $models " == *" $model "* ]] && [ "$(left)" -gt 30 ] || return 0
     printf '\n%s: %d s left\n' "$model" "$(left)"
     timeout -s TERM -k 30 $(($(left) - 15)) "$python" train.py "configs/$model.toml" --init_from=auto --out_dir="$out" --data_dir="$data" \
         --batch_size=128 --grad_accum_steps=1 --checkpoint_interval=1000 --keep_last=1 --diag_interval=250 \
