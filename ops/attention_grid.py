@@ -33,6 +33,7 @@ from ops.attention_triton import (
     PAD,
     QUERIES_BLOCK,
     add_far,
+    cdiv,
     entries,
     launch_queries,
     padded,
@@ -378,7 +379,7 @@ class Bins:
     def __init__(self, lambda_q, lambda_k, all=None):
         (B, H, T), KEYS = lambda_q.shape, lambda_k.shape[1]
         self.C, self.K = C, K = sizes(T)
-        chunks, S = triton.cdiv(T, C), min(SAMPLE, 2 * T)
+        chunks, S = cdiv(T, C), min(SAMPLE, 2 * T)
         numbers = dict(dtype=torch.int32, device=lambda_q.device)
         self.all = torch.empty(sum(Bins.parts(B, H, T)), **numbers) if all is None else all
         parts = self.all.split(Bins.parts(B, H, T))
@@ -389,7 +390,7 @@ class Bins:
         sample, counts = torch.empty(B, H, SAMPLE, dtype=torch.int64, device=lambda_q.device), torch.empty(2, B, H, chunks, K, **numbers)
         launch_sample[(B * H,)](lambda_q, lambda_k, sample, H, KEYS, T, S, SAMPLE)
         launch_count[B * H, chunks, 2](lambda_q, lambda_k, sample, self.bin, counts, H, KEYS, T, K, S, SAMPLE, C, COUNT_BINS)
-        launch_before[2 * B * H, triton.cdiv(K, BEFORE_BINS)](counts, self.before, chunks, K, BEFORE_CHUNKS, BEFORE_BINS)
+        launch_before[2 * B * H, cdiv(K, BEFORE_BINS)](counts, self.before, chunks, K, BEFORE_CHUNKS, BEFORE_BINS)
         self.start[..., 0] = 0
         self.start[..., 1:] = self.before[..., -1, :].cumsum(-1)
         launch_order[2 * B * H, chunks](self.bin, self.start, self.before, self.order, T, K, C)
@@ -398,7 +399,7 @@ class Bins:
     def parts(B, H, T):
         """How many numbers bin, order, start and before have."""
         C, K = sizes(T)
-        return [2 * B * H * n for n in (T, T, K + 1, (triton.cdiv(T, C) + 1) * K)]
+        return [2 * B * H * n for n in (T, T, K + 1, (cdiv(T, C) + 1) * K)]
 
 
 def sums(lambda_q, lambda_k, weights, one, source, v, temperature, outputs, bins, backward):
@@ -414,7 +415,7 @@ def sums(lambda_q, lambda_k, weights, one, source, v, temperature, outputs, bins
     table_ones = torch.empty(2, B, H, T, **shapes)
     scales = torch.empty_like(table_ones, dtype=torch.float64)
     launch_bins(
-        lambda tile: (B * H, K, triton.cdiv(2 * T, K * tile["M"])),
+        lambda tile: (B * H, K, cdiv(2 * T, K * tile["M"])),
         x[r], weights[r], bins.order[r], bins.start[r], x[s], weights[s], one, bins.order[s], bins.start[s], bins.before[s], source,
         temperature, part, ones, *strides(source), H, *heads, group_s, T, C, K, D, width(D), backward, INTERPRETED)  # fmt: skip
     launch_sums(
@@ -423,7 +424,7 @@ def sums(lambda_q, lambda_k, weights, one, source, v, temperature, outputs, bins
         group_s, T, K, D, width(D), backward, INTERPRETED)  # fmt: skip
     out, *others = outputs
     launch_grid(
-        lambda tile: (B * H, triton.cdiv(T, tile["M"])),
+        lambda tile: (B * H, cdiv(T, tile["M"])),
         x[r], weights[r], bins.bin[r], x[s], weights[s], one, bins.start[s], bins.before[s], source, v, temperature, table, table_ones,
         scales, part, ones, out, *others, *strides(source, v, out), H, *heads, group, T, C, K, D, width(D), backward,
         INTERPRETED)  # fmt: skip

@@ -587,10 +587,22 @@ def short_bench(call, quantiles):
 
 
 def tuned(kernel, configs, key, **options):
-    """The jitted kernel, a grid and its arguments given, with the fastest of configs for each value of the arguments `key`."""
+    """The jitted kernel, a grid and its arguments given, with the fastest of configs for each value of the arguments `key` and the
+    dtypes of all. It is looked up here, because autotuning's own look-up takes longer than a launch."""
     prune = {"early_config_prune": one_if_deterministic}
-    kernel = triton.autotune(configs, key=key, prune_configs_by=prune, do_bench=short_bench, **options)(kernel)
-    return lambda grid, *args: kernel[grid](*args)
+    tuner = triton.autotune(configs, key=key, prune_configs_by=prune, do_bench=short_bench, **options)(kernel)
+    places, fastest = [kernel.arg_names.index(name) for name in key], {}
+
+    def launch(grid, *args):
+        case = *(args[place] for place in places), *(getattr(x, "dtype", None) for x in args)
+        if case in fastest:
+            kernel[grid](*args, **fastest[case])
+        else:
+            tuner[grid](*args)
+            fastest[case] = tuner.best_config.all_kwargs()
+
+    launch.tuner = tuner
+    return launch
 
 
 def launcher():
@@ -606,17 +618,22 @@ def launcher():
 launch_keys, launch_queries, launch_sums = triton.jit(key_kernel), triton.jit(query_kernel), launcher()
 
 
+def cdiv(n, size):
+    """How many blocks of `size` it takes for n. (triton.cdiv is for kernels, and ten times as slow here.)"""
+    return -(-n // size)
+
+
 def width(D):
-    return max(16, triton.next_power_of_2(D))
+    return max(16, 1 << (D - 1).bit_length())
 
 
 def padded(T):
-    return triton.cdiv(T, PAD) * PAD
+    return cdiv(T, PAD) * PAD
 
 
 def tuned_for(T):
     """Lengths with the same value share their tiles."""
-    return min(max(triton.next_power_of_2(T), 256), 8192)
+    return min(max(1 << (T - 1).bit_length(), 256), 8192)
 
 
 def strides(*tensors):
@@ -645,12 +662,12 @@ def forward(lambda_q, lambda_k, v, temperature, decay, bias, sink=None):
     out, lse = v.new_empty(B, T, H, D).transpose(1, 2), temperature.new_empty(B, H, T)
     spread, middle = v.new_empty(2, B, H, T, D), lambda_q.new_empty(B, H, 2)
     factors, weight = lambda_q.new_empty(B, H, padded(T), 4), lambda_q.new_empty(B, H, T)
-    launch_keys[B * H, triton.cdiv(padded(T), KEYS_BLOCK)](
+    launch_keys[B * H, cdiv(padded(T), KEYS_BLOCK)](
         lambda_q, lambda_k, v, temperature, bias, middle, factors, weight, H, H // v.shape[1], T, v.dtype is torch.float16, PAD, KEYS_BLOCK
     )
     oldest, _ = reaches(lambda_q, lambda_k, temperature, decay, bias)
     launch_sums(
-        lambda tile: (B * H, triton.cdiv(T, tile["M"])),
+        lambda tile: (B * H, cdiv(T, tile["M"])),
         lambda_q,
         v,
         v,
@@ -711,7 +728,7 @@ def backward(grad, lambda_q, lambda_k, v, temperature, decay, bias, out, lse, sp
     )
     _, newest = reaches(lambda_q, lambda_k, temperature, decay, bias)
     launch_sums(
-        lambda tile: (B * H, triton.cdiv(T, tile["M"])),
+        lambda tile: (B * H, cdiv(T, tile["M"])),
         lambda_k,
         rows,
         v,

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ops.attention_triton import tuned
+from ops.attention_triton import cdiv, tuned
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1
 CHUNK = 4096  # tokens whose logits are in memory at once, or a 32nd of the batch if that is more
@@ -80,9 +80,9 @@ def launcher(fits):
 def summed_loss(x, weight, targets, softcap, needs_grad, dtype):
     """As fused.summed_loss(), but gradients that are not needed are empty tensors."""
     N, V = len(x), len(weight)
-    width = triton.cdiv(V, ALIGNED) * ALIGNED
+    width = cdiv(V, ALIGNED) * ALIGNED
     W = torch.nn.functional.pad(weight.to(dtype), (0, 0, 0, width - V))
-    chunk = min(N, max(CHUNK, triton.cdiv(N, 32)))
+    chunk = min(N, max(CHUNK, cdiv(N, 32)))
     logits, losses = x.new_empty(chunk, width, dtype=dtype), x.new_empty(N, dtype=torch.float32)
     grad_x, grad_weight = (torch.empty_like(x), weight.new_zeros(width, weight.size(1))) if needs_grad else (x.new_empty(0), x.new_empty(0))
     for start in range(0, N, chunk):

@@ -165,17 +165,18 @@ def test_tiles_are_fixed_where_it_is_to_be_deterministic(impl, few, monkeypatch)
     torch.use_deterministic_algorithms(True)
     try:
         for (module, name), launch in launchers.items():
-            (tuned,) = (cell.cell_contents for cell in launch.__closure__)
+            tuned = launch.tuner
             tuned.nargs = {}
             assert tuned.prune_configs({}) == tuned.configs[:1] and len(tuned.configs) > 1
             if module is not fused_triton:
                 monkeypatch.setattr(module, name, launch)
-        results = value_and_gradients(arguments, impl, torch.float32)
+        first, again = (value_and_gradients(arguments, impl, torch.float32) for _ in range(2))  # tuned, and looked up
     finally:
         torch.use_deterministic_algorithms(False)
     assert tuned.prune_configs({}) == tuned.configs
-    for ours, theirs in zip(results, expected, strict=True):
+    for ours, same, theirs in zip(first, again, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5 * theirs.abs().max().item(), rtol=1e-3)
+        assert torch.equal(ours, same)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
