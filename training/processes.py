@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch._functorch import config as functorch_config
 from torch.nn.parallel import DistributedDataParallel
 
 from common import RANK, RESTARTS, WORLD, UserError, note
@@ -94,6 +95,7 @@ def wrapped(model, device, shard, compile):
     model.to(device)
     if compile:
         note("compile = True: the model is compiled in its first step, which may take minutes ...")
+        functorch_config.backward_pass_autocast = "off"  # as without compiling: gradients of what is float32 are so too
     called = torch.compile(model) if compile and can_compile(device) else model
     if shard == "ddp" and WORLD > 1:
         called = DistributedDataParallel(called, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)

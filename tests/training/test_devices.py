@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, metrics, ok, untimed
-from test_model import ALL, small, tokens
+from test_model import ALL, random_laplacian, small, tokens
 from test_model import FORMS as EVERY_SWITCH
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,12 +22,14 @@ import train
 from common import UserError, choose_device
 from data import checkpoint_file
 from decoding.cache import Cache
+from model import filtered_energy, spectral_roots
 from ops.attention import Tree, doubled_sum, tau_attention
 from ops.fused import ChunkedLoss
 from training import checkpoint, optim, taumode
 from training.checkpoint import RunState
 from training.config import Settings
 from training.diagnostics import diagnose
+from training.processes import wrapped
 from training.start import choose_dtype
 
 SHORT = ["small.toml", "--n_layer=1", "--dropout=0.0", "--diag_interval=0", "--log_interval=1", "--eval_interval=100"]
@@ -53,6 +55,29 @@ def test_gradients_in_float16(form):
         assert ours.dtype is torch.float32 and weight.shape == ours.shape, name
         error = (ours / 2.0**16 - theirs).norm() / theirs.norm().clamp_min(1e-3)
         assert error < 0.03, (name, error)
+
+
+class Energies(torch.nn.Module):
+    def __init__(self, laplacian):
+        super().__init__()
+        self.register_buffer("roots", spectral_roots(laplacian))
+        self.log_filter = torch.nn.Parameter(torch.zeros(self.roots.shape[:2]))
+
+    def forward(self, x):
+        return filtered_energy(x, self.roots, self.log_filter).sum()
+
+
+def test_compiled_energies_have_gradients_in_float32():
+    """Under autocast, in which torch.compile by itself would put the backward pass too."""
+    model, x = Energies(random_laplacian(16)[None]), torch.randn(1, 50, 1, 16, requires_grad=True)
+    found = []
+    for compile in (False, True):
+        call = wrapped(model, torch.device("cpu"), "ddp", compile)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = call(x)
+        found.append(torch.autograd.grad(loss, [x, model.log_filter]))
+    for eager, compiled in zip(*found):
+        torch.testing.assert_close(compiled, eager, atol=1e-6 * eager.abs().max().item(), rtol=1e-5)
 
 
 def test_the_scale_of_the_loss_does_not_pass_through_float16():
