@@ -45,8 +45,8 @@ def draw_losses(axis, runs, key, label, max_loss):
         for split, style in (("train", dict(alpha=0.35, linewidth=1)), ("val", dict(marker=".") if metrics["train"] else lone)):
             points = [(record[key], record.get("loss")) for record in metrics[split] if record.get(key) is not None]
             if points:
-                axis.plot(*zip(*points), color=f"C{number}", label=f"{name}, {split}", **style)
-    axis.set(xlabel=label, ylabel="loss, nats a token", title=f"loss against {label}")
+                axis.plot(*zip(*points), color=f"C{number}", label=name if split == "val" else None, **style)
+    axis.set(xlabel=label, ylabel="loss, nats a token", title=f"validation loss against {label} (faint: of training)")
     axis.set_ylim(top=max_loss)
     axis.legend(fontsize="small")
 
@@ -60,10 +60,10 @@ def draw_energies(axis, runs):
         points = [[record[key] for key in ("tokens", *ENERGIES)] for record in metrics["val"] if has_energies(record)]
         if points:
             tokens, low, median, high, tau = zip(*points)
-            axis.fill_between(tokens, low, high, color=f"C{number}", alpha=0.2, label=f"{name}, p05 to p95")
-            axis.plot(tokens, median, color=f"C{number}", label="p50")
-            axis.plot(tokens, tau, color=f"C{number}", linestyle=":", label="tau")
-    axis.set(xlabel="tokens", ylabel="E", title="energies of block 0's keys")
+            axis.fill_between(tokens, low, high, color=f"C{number}", alpha=0.2)
+            axis.plot(tokens, median, color=f"C{number}", label=name)
+            axis.plot(tokens, tau, color=f"C{number}", linestyle=":")
+    axis.set(xlabel="tokens", ylabel="E", title="energies of block 0's keys: p05 to p95, median (dotted: tau)")
     axis.legend(fontsize="small")
 
 
@@ -126,7 +126,10 @@ def overview(sources, folders, max_loss, n_head):
     from model import head_laplacians, kron_reduction
     from training import checkpoint
 
-    runs, L, heads = {str(folder): read_metrics(folder) for folder in folders}, None, []
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = map(str, folders)
+    runs, L, heads = {name: read_metrics(folder) for name, folder in zip(names, folders)}, None, []
     for source in sources:
         if L is None and source.suffix == ".parquet":
             L = torch.from_numpy(load_laplacian(source))
