@@ -217,8 +217,8 @@ class StreamCache(Cache):
         width = (1 / (wanted * temperature)).max()
         if capped.any() and width > self.width:
             print(
-                f"stream: {self.STATE_BYTES / 1e6:g} MB hold fewer bins than the temperatures ask for: weights in a query's own "
-                f"bin are off by {width.exp() * (width / 2).tanh():.2g} of themselves at most",
+                f"stream: its {self.STATE_BYTES / 1e6:g} MB tell lambdas apart that differ by {1 / wanted.max():.1g}, for a temperature "
+                f"of {temperature.min():.1g} too: the loss may be higher than with --cache=exact",
                 file=sys.stderr,
             )
         self.width = max(self.width, width.item())

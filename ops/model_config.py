@@ -72,7 +72,7 @@ class ModelConfig(ModelSettings):
         group = self.n_head // self.n_kv_head
         if self.local_heads % group or self.local_heads >= self.n_head:
             raise UserError(
-                f"local_heads={self.local_heads} must be at most {self.n_head - group}, of n_head={self.n_head}"
+                f"local_heads={self.local_heads} must be at most {self.n_head - group}, of n_head={self.n_head}, n_kv_head={self.n_kv_head}"
                 + (f", and a multiple of {group}, the heads that share keys" if group > 1 else "")
             )
         most = self.n_head - self.local_heads - (0 if self.local_heads else group)
@@ -80,7 +80,7 @@ class ModelConfig(ModelSettings):
             raise UserError(
                 f"recall_heads={self.recall_heads} must be at most {most}"
                 + (f" and a multiple of {group}, the heads that share keys" if group > 1 else "")
-                + f", of n_head={self.n_head} with local_heads={self.local_heads}"
+                + f", of n_head={self.n_head} with local_heads={self.local_heads}, n_kv_head={self.n_kv_head}"
             )
         if self.attention == "dot" and (self.spectral_filter or self.local_heads or not self.tau_rope):
             raise UserError(

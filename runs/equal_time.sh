@@ -7,7 +7,8 @@
 #     CONTEXT=16384 bash runs/equal_time.sh python_code 1                 instead of 4,096 tokens
 #
 # Twenty minutes each (SECONDS_EACH=1200), two side by side with one thread each, on a machine that does nothing else: an hour
-# for three seeds. FORMS="tau dot dot_recall" adds dot product with recall heads of its own. Finished runs are not repeated. The losses
+# for three seeds. FORMS="tau dot dot_recall" adds dot product with recall heads of its own. Finished runs are not repeated, whatever
+# SECONDS_EACH was. The losses
 # go to results/my_NAME/, NAME=equal_time_CORPUS_CONTEXT unless it is set.
 [ $# -ge 1 ] || { echo 'usage: bash runs/equal_time.sh python_code|FILE.jsonl ["SEEDS"]' >&2; exit 2; }
 [ "$1" = python_code ] || [ -f "$1" ] || { echo "runs/equal_time.sh: $1 is not a file" >&2; exit 2; }
@@ -33,7 +34,7 @@ if [ -n "$text" ]; then bpe_corpus $data 4096 jsonl "$text"; else bpe_corpus $da
 one() {  # SEED "FORM|SETTINGS"
     local form=${2%%|*} settings=${2#*|} run out
     run=results/$name/${form}_$1 out=out/$name/${form}_$1
-    [ -f $run/metrics.jsonl ] && return
+    [ ! -f $run/metrics.jsonl ] || { echo "$run is there already, and not run again: another NAME runs it anew"; return; }
     OMP_NUM_THREADS=1 timeout --foreground --signal=TERM $SECONDS_EACH python train.py configs/equal_time.toml --data_dir=$data --seed=$1 \
         --block_size=$CONTEXT --eval_interval=$interval --eval_iters=$iters --out_dir=$out --overwrite=True $settings 2>&1 | last_line
     [ ${PIPESTATUS[0]} = 124 ] && [ -f $out/metrics.jsonl ] || { echo "$out: not trained for $SECONDS_EACH seconds" >&2; return 1; }

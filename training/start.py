@@ -168,8 +168,8 @@ def doubts(run):
             f"eval_interval) to act, max_steps = {steps}: the learning rate stays {settings.learning_rate}"
         )
     tokens = len(run.corpus.train) * settings.train_fraction
-    if (passes := steps * run.tokens_per_step / tokens) > 10:
-        yield f"max_steps = {steps} are {passes:.0f} passes over {tokens:,.0f} tokens: the model may learn them by heart"
+    if (passes := round(steps * run.tokens_per_step / tokens)) > 10:
+        yield f"max_steps = {steps} are {passes} passes over {tokens:,.0f} tokens: the model may learn them by heart"
 
 
 def choose_dtype(name, device):
