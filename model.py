@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import UserError
-from ops.attention import decayed_sum, tau_attention
+from ops.attention import recurrence, tau_attention
 from ops.dot import DOT_SCALE, dot_attention, window_attention
 from ops.fused import ENERGY_EPS, NORM_EPS, ChunkedLoss, Energy, RMSNorm, SquaredReluMLP, by_head, rayleigh_quotient
 from ops.model_config import ModelConfig, ModelSettings  # noqa: F401 (callers take them from here, beside Tauformer)
@@ -238,9 +238,8 @@ class Attention(nn.Module):
         passes a token over. No gradient tells r to grow where lambdas are farther apart than a few temperatures: one head starts warm."""
         with without_autocast(tokens):  # equal tokens are to be equal to the last bit
             k = norm(self.recall(tokens).unflatten(-1, (-1, self.config.head_size)))
-            log_r = F.logsigmoid(self.hold(tokens))
-            before = 0 if cache is None else cache.last.get((self.layer, "recalled"), 0)
-            k = decayed_sum(log_r, -log_r.expm1()[..., None] * k, before)
+            r = self.hold(tokens).sigmoid()[..., None]
+            k = recurrence(r, (1 - r) * k, 0 if cache is None else cache.last.get((self.layer, "recalled"), 0))
         if cache is not None:
             cache.last[self.layer, "recalled"] = k[:, -1:].clone()
         return k

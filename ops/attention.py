@@ -19,14 +19,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from common import ROOT, first_line, note
 
 IMPLS = ("auto", "naive", "tree", "walk", "triton", "grid")
 TRITON_WIDTH = 128  # the widest head of impl="triton"
 GRID_FROM = 8192  # tokens of context from which a GPU with triton takes the grid: results/attention_cuda.json
-SCAN = 16  # decayed_sum: tokens a chunk
 LEAF = 32  # tree: blocks of at most this many tokens are summed directly, pair by pair
 NOTHING = -1e30  # stands for log 0, the log of an empty sum
 
@@ -141,24 +139,6 @@ def recurrence(a, b, first, dim=1):
         a = torch.cat([a_head, a_rest * a.narrow(dim, 0, T - step)], dim)
         step *= 2
     return b
-
-
-def decayed_sum(log_a, b, first):
-    """y of y_t = exp(log_a_t) y_(t-1) + b_t: log_a (B, T, H), <= 0, b (B, T, H, D) -> (B, T, H, D). In chunks: each by itself by a matrix
-    product, exp(sum of log_a over s+1 .. t) for s <= t, and from chunk to chunk as a recurrence. y before the first token is `first`, 0 or
-    (B, 1, H, D)."""
-    T = b.size(1)
-    if T <= SCAN:
-        return recurrence(log_a.exp()[..., None], b, first)
-    fill = -T % SCAN
-    c = running_sum(F.pad(log_a, (0, 0, 0, fill)).unflatten(1, (-1, SCAN)).transpose(2, 3))  # (B, chunks, H, SCAN)
-    b = F.pad(b, (0, 0, 0, 0, 0, fill)).unflatten(1, (-1, SCAN)).transpose(2, 3)  # (B, chunks, H, SCAN, D)
-    later = torch.ones(SCAN, SCAN, dtype=torch.bool, device=b.device).triu(1)
-    y = (c[..., None] - c[..., None, :]).masked_fill(later, -math.inf).exp() @ b
-    after = recurrence(c[..., -1:].exp(), y[..., -1, :], first)  # (B, chunks, H, D)
-    before = torch.cat([torch.zeros_like(after[:, :1]) + first, after[:, :-1]], 1)
-    y = y + c.exp()[..., None] * before[..., None, :]
-    return y.transpose(2, 3).flatten(1, 2)[:, :T]
 
 
 def naive(lambda_q, lambda_k, v, temperature, log_decay=None, key_bias=None, sink=None):

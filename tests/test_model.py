@@ -17,9 +17,10 @@ from model import (
     head_laplacians,
     kron_reduction,
     norm,
+    recurrence,
     spectral_roots,
 )
-from ops.attention import SCAN, add_terms, decayed_sum, recurrence, tau_attention
+from ops.attention import add_terms, tau_attention
 from ops.dot import dot_attention, window_attention
 from ops.fused import ChunkedLoss, SquaredReluMLP
 
@@ -158,20 +159,6 @@ def test_recurrence():
         expected.append(y)
     torch.testing.assert_close(recurrence(a, b, first), torch.stack(expected, 1))
     torch.testing.assert_close(recurrence(a[:, 5:], b[:, 5:], recurrence(a[:, :5], b[:, :5], first)[:, -1:]), torch.stack(expected[5:], 1))
-
-
-@pytest.mark.parametrize("T", [1, SCAN, SCAN + 1, 4 * SCAN, 7 * SCAN - 3])
-def test_decayed_sum(T):
-    """Of weights that keep nearly all, or nothing that a float could hold."""
-    log_a = -torch.rand(2, T, 3, dtype=torch.float64) * torch.tensor([1e-3, 10.0, 1000.0])
-    b, first = torch.randn(2, T, 3, 4, dtype=torch.float64), torch.randn(2, 1, 3, 4, dtype=torch.float64)
-    inputs = [x.requires_grad_() for x in (log_a, b, first)]
-    expected, ours = recurrence(log_a.exp()[..., None], b, first), decayed_sum(log_a, b, first)
-    torch.testing.assert_close(ours, expected)
-    weights = torch.randn_like(ours)
-    for y, z in zip(*(torch.autograd.grad((sums * weights).sum(), inputs) for sums in (ours, expected))):
-        torch.testing.assert_close(y, z)
-    torch.testing.assert_close(decayed_sum(log_a, b, 0), recurrence(log_a.exp()[..., None], b, 0))
 
 
 def test_the_nearest_lambda_is_that_of_the_longest_common_suffix():
