@@ -18,6 +18,9 @@ python=${PYTHON:-python3}
 for file in train.bin val.bin laplacian.parquet; do
     [ -f "$data/$file" ] || { echo "gpu_30m.sh: $data/$file does not exist: make it with runs/tau_30m.sh, or give DATA=" >&2; exit 2; }
 done
+for model in $models; do
+    [ -f "configs/$model.toml" ] || { echo "gpu_30m.sh: MODELS=\"$models\": there is no configs/$model.toml" >&2; exit 2; }
+done
 mkdir -p "$results"
 
 left() { echo $((deadline - SECONDS)); }
