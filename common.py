@@ -497,7 +497,9 @@ def read_lines(path, half=False, /, **fields):
             except KeyError as error:
                 raise UserError(f"{path}, line {number} has no {error}: mend or remove it, or leave this file out") from None
             except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-                raise UserError(f"{path}, line {number} is damaged ({type(error).__name__}: {error}): mend it, or leave it out") from None
+                raise UserError(
+                    f"{path}, line {number} is damaged ({type(error).__name__}: {error}): mend or remove it, or leave this file out"
+                ) from None
     if half and records:
         print(f"{Path(sys.argv[0]).name}: warning: {path}, line {number + 1} is half written: passed over", file=sys.stderr)
     return records

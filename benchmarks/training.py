@@ -18,7 +18,7 @@ from model import ModelConfig, ModelSettings, Tauformer
 from training import optim
 from training.config import read_settings
 from training.memory import peak_mem_mb
-from training.processes import wrapped
+from training.processes import compiled
 
 CONFIGS = {"dot": "dot_30m.toml", "tau": "tau_30m.toml", "tau_best": "tau_30m_best.toml"}
 PEAK = 989e12  # operations a second of an H100 or H200 in bfloat16, without sparsity
@@ -44,7 +44,7 @@ def train_step(contender, nanogpt, B, T, steps, compile, threads, device):
         model = Tauformer(config, torch.from_numpy(laplacian_of(random_distances(WIDTH, seed=0))))
         loss_of = lambda model, idx, targets: model(idx, targets)
         optimizer = optim.adamw(model.to(device), 1e-4, (0.9, 0.95), weight_decay=0.1)
-    run = wrapped(model, torch.device(device), "ddp", compile)
+    run = compiled(model) if compile else model
     times = []
     for _ in range(steps + 1):  # the first is a warm-up
         idx, targets = torch.randint(VOCABULARY, (2, B, T), device=device).unbind()

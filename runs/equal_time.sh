@@ -8,8 +8,7 @@
 #
 # Twenty minutes each (SECONDS_EACH=1200), two side by side with one thread each, on a machine that does nothing else: an hour
 # for three seeds. FORMS="tau dot dot_recall" adds dot product with recall heads of its own. Finished runs are not repeated, whatever
-# SECONDS_EACH was. The losses
-# go to results/my_NAME/, NAME=equal_time_CORPUS_CONTEXT unless it is set.
+# SECONDS_EACH was. The losses go to results/my_NAME/, NAME=equal_time_CORPUS_CONTEXT unless it is set.
 [ $# -ge 1 ] || { echo 'usage: bash runs/equal_time.sh python_code|FILE.jsonl ["SEEDS"]' >&2; exit 2; }
 [ "$1" = python_code ] || [ -f "$1" ] || { echo "runs/equal_time.sh: $1 is not a file" >&2; exit 2; }
 own=$1 text= seeds=${2:-1 2 3}

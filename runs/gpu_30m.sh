@@ -12,14 +12,15 @@ set -euo pipefail
 cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.."
 [[ ${LIMIT:=540} =~ ^[0-9]+$ ]] || { echo "$0: LIMIT=$LIMIT must be seconds" >&2; exit 2; }
 deadline=$((SECONDS + LIMIT))
-data=${DATA:-data/cve} results=results/my_${NAME:-30m} parts=${PARTS:-a b c} models=${MODELS:-tau_30m dot_30m tau_30m_best dot_30m_best}
+data=${DATA:-data/cve} results=results/my_${NAME:-30m} parts=${PARTS:-a b c} all="tau_30m dot_30m tau_30m_best dot_30m_best"
+models=${MODELS:-$all}
 [ ! -f .venv/bin/activate ] || . .venv/bin/activate
 python=${PYTHON:-python3}
 for file in train.bin val.bin laplacian.parquet; do
     [ -f "$data/$file" ] || { echo "gpu_30m.sh: $data/$file does not exist: make it with runs/tau_30m.sh, or give DATA=" >&2; exit 2; }
 done
 for model in $models; do
-    [ -f "configs/$model.toml" ] || { echo "gpu_30m.sh: MODELS=\"$models\": there is no configs/$model.toml" >&2; exit 2; }
+    [[ " $all " == *" $model "* ]] || { echo "gpu_30m.sh: MODELS=\"$models\" must be of ${all// /, }" >&2; exit 2; }
 done
 mkdir -p "$results"
 

@@ -95,11 +95,16 @@ def wrapped(model, device, shard, compile):
     model.to(device)
     if compile:
         note("compile = True: the model is compiled in its first step, which may take minutes ...")
-        functorch_config.backward_pass_autocast = "off"  # as without compiling: gradients of what is float32 are so too
-    called = torch.compile(model) if compile and can_compile(device) else model
+    called = compiled(model) if compile and can_compile(device) else model
     if shard == "ddp" and WORLD > 1:
         called = DistributedDataParallel(called, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
     return called
+
+
+def compiled(model):
+    """torch.compile(model), with gradients as without it: under autocast those of what is float32 are so too."""
+    functorch_config.backward_pass_autocast = "off"
+    return torch.compile(model)
 
 
 def can_compile(device):

@@ -148,7 +148,8 @@ def test_gpu_30m_in_pieces(copy):
     out = run("--max_steps=3", MODELS="dot_30m", PARTS="a b")
     assert out.count(" s left") == 1 and out.splitlines()[-1].split()[:2] == ["dot_30m", "3"]
     assert 'PARTS="d"' in run(PARTS="d", returncode=2)
-    assert "there is no configs/none.toml" in run(MODELS="none", returncode=2)
+    for model in ("none", "quickstart"):
+        assert f'MODELS="{model}" must be of tau_30m, dot_30m' in run(MODELS=model, returncode=2)
     assert "data/none/train.bin does not exist" in run(DATA="data/none", returncode=2)
 
 
