@@ -62,6 +62,8 @@ tau + all, 8 heads, 4 recall, chain              | $recall --laplacian=DATA/chai
 tau + all, 8 heads, 4 recall, complete graph     | $recall --laplacian=DATA/complete.parquet
 tau + all, 8 heads, 4 recall, token vectors                | $recall --embedding_init=domain
 tau + all, 8 heads, 4 recall, token vectors, random graph  | $recall --embedding_init=domain --laplacian=DATA/random.parquet
+tau + all, 16 heads, 12 local                    | $of_both $of_tau --n_head=16 --local_heads=12
+dot + all, 16 heads                              | --attention=dot $of_both --n_head=16
 tau + all, 8 heads, token vectors                | $best --embedding_init=domain
 tau + all, 8 heads, token vectors, random graph  | $best --embedding_init=domain --laplacian=DATA/random.parquet
 EOF
