@@ -4,7 +4,7 @@ Cache        all keys, and a new token reads them all: for tau (V, lambda_k), B 
              2 B Hkv T D
 ExactCache   tau: the same numbers, sorted by lambda in segments whose sizes are powers of two, with running sums: a new token
              reads O(log T) rows (decode.cpp), and the result is the same
-StreamCache  tau: sums over bins of lambda, whose size does not depend on the number of tokens; the result is nearly the same
+StreamCache  tau: rows for keys that lie close together, whose number does not depend on that of the tokens; the result is nearly the same
 """
 
 import functools
@@ -15,7 +15,7 @@ import torch
 
 from common import UserError, first_line
 from data import checkpoint_file
-from decoding.stream import stream
+from decoding.stream import NOWHERE, RECENT, stream
 from model import energy
 from ops.attention import compiled, finest
 from ops.fused import ENERGY_EPS
@@ -188,14 +188,14 @@ def segments(length):
 class StreamCache(Cache):
     """A cache for any number of tokens: a token's memory and time do not depend on how many came before it.
 
-    [0, 1) is cut into bins, BINS per temperature of a head, as long as the states of all layers take at most STATE_BYTES for a
-    batch of one; beyond that the heads with the most bins get fewer, and `width`, the greatest h, tells by how much. Keys in other
-    bins than the query's count exactly. In the query's own bin, of width h = 1 / (bins temperature) in units of the logit, each
-    key's weight is off by a factor between 1 - h/2 and 1 + h/2, to first order in h. A head's output is thus off by at most
-    h share max|v - out|, where share is the part of the softmax weights in the query's own bin.
+    A head's cells are CELLS per temperature, side by side in [0, 1). Keys in one cell are read as one key of their weight, mean place
+    and mean value, so that none is off by more than 1 / CELLS of a temperature, its weight by a factor between exp(-1 / CELLS) and
+    exp(1 / CELLS). A head keeps as many rows as it has cells, as long as the states of all layers take at most STATE_BYTES for a batch of
+    one. Where that is fewer, cells with keys may come to be more than rows: then those are joined to their neighbours that are missed
+    least, by their weight, which decays, and their distance.
     ("Topological Transformer", conclusion, proposes sums over bins as per-centroid aggregates.)"""
 
-    BINS, STATE_BYTES = 16, 8e6
+    CELLS, STATE_BYTES = 16, 8e6
 
     def __init__(self, config, device="cpu"):
         """On a CPU by decode.cpp, where it could be compiled; otherwise by stream.py, which computes the same with the same state."""
@@ -203,26 +203,12 @@ class StreamCache(Cache):
         self.step = stream
         if torch.device(device).type == "cpu" and not not_compiled():
             self.step, self.energy = decode().stream, CompiledCache.energy
-        self.width = 0.0  # the greatest h of any head
         self.pending = []  # the last token, if any, which is not stored yet: it goes in front of the next ones
 
-    def bins(self, temperature, D):
-        """(H + 1,) int64: where the bins of each of a layer's heads begin, and where the last ones end."""
-        wanted = (self.BINS / temperature).ceil().clamp_min(1)
-        room = self.STATE_BYTES / (self.config.n_layer * 8 * (D + 1))
-        ordered = wanted.sort()[0]  # heads that want few get them; the others share what is left evenly
-        share = (room - ordered.cumsum(0) + ordered) / torch.arange(len(wanted), 0, -1)
-        if (capped := ordered > share).any():
-            wanted = wanted.clamp_max(max(1, math.floor(share[capped][0])))
-        width = (1 / (wanted * temperature)).max()
-        if capped.any() and width > self.width:
-            print(
-                f"stream: its {self.STATE_BYTES / 1e6:g} MB tell lambdas apart that differ by {1 / wanted.max():.1g}, for a temperature "
-                f"of {temperature.min():.1g} too: the loss may be higher than with --cache=exact",
-                file=sys.stderr,
-            )
-        self.width = max(self.width, width.item())
-        return torch.cat([wanted.new_zeros(1), wanted.cumsum(0)]).long()
+    def rows(self, cells, D):
+        """How many rows each head of a layer keeps besides the RECENT ones. cells (H,) float64."""
+        room = self.STATE_BYTES / (self.config.n_layer * len(cells) * 4 * (D + 2)) - RECENT
+        return max(1, int(min(room, cells.max())))
 
     def attend(self, layer, operator):
         def attend(lambda_q, lambda_k, v, temperature, log_decay, key_bias, sink=None):
@@ -235,11 +221,13 @@ class StreamCache(Cache):
                     )
             Hkv, D, fine = v.size(1), v.size(3), finest(v.device)
             temperature = torch.as_tensor(temperature, dtype=fine, device=v.device).expand(H).contiguous()
-            if (layer, "first") not in self.kept:
-                first = self.bins(temperature.cpu().double(), D)
-                self.kept[layer, "first"] = first.to(v.device)
-                self.kept[layer, "state"] = v.new_zeros(B, first[-1], 2, D + 1, dtype=torch.float32)
-                self.kept[layer, "scale"] = v.new_full((B, H), -math.inf, dtype=fine)
+            cells = (self.CELLS / temperature).ceil()
+            if (layer, "place") not in self.kept:
+                N = self.rows(cells.cpu().double(), D) + RECENT
+                self.kept[layer, "place"] = v.new_full((B, H, N), NOWHERE, dtype=torch.float32)
+                self.kept[layer, "weight"] = v.new_full((B, H, N), -math.inf, dtype=torch.float32)
+                self.kept[layer, "value"] = v.new_zeros(B, H, N, D, dtype=torch.float32)
+                self.kept[layer, "passed"] = v.new_zeros(B, H, dtype=fine)
             zeros = lambda heads: v.new_zeros(B, heads, T, dtype=fine)
             return self.step(
                 lambda_q.contiguous(),
@@ -248,8 +236,10 @@ class StreamCache(Cache):
                 zeros(H) if log_decay is None else log_decay.to(fine).contiguous(),
                 zeros(Hkv) if key_bias is None else key_bias.to(fine).contiguous(),
                 temperature,
-                *(self.kept[layer, name] for name in ("first", "state", "scale")),
+                cells,
+                *(self.kept[layer, name] for name in ("place", "weight", "value", "passed")),
                 None if sink is None else sink.to(fine),
+                self.length,
             )
 
         return attend
@@ -275,18 +265,17 @@ class StreamCache(Cache):
                 raise ValueError(f"its length is {cache.length}")
             for key, x in tensors.items():
                 kind, layer, name = key.split(".")
-                dtype = finest(device) if name == "scale" else x.dtype
+                dtype = finest(device) if name == "passed" else x.dtype
                 getattr(cache, kind)[int(layer), name] = x.to(device, dtype)
             if cache.length:  # what recent() keeps is no longer than this
-                state = cache.kept[0, "state"]
-                if not state.numel():
-                    raise ValueError("its state is empty")
-                size = state.size(0), min(cache.length, max(config.conv, config.local_window))
+                place = cache.kept.get((0, "place"))
+                if place is None or not place.numel():
+                    raise ValueError("its state is empty, or an earlier version's: begin it anew")
+                size = place.size(0), min(cache.length, max(config.conv, config.local_window))
                 with torch.no_grad():
                     model(torch.zeros(size, dtype=torch.long, device=device), cache=alike)
             shapes = [{key: (x.shape, x.dtype) for key, x in (other.kept | other.last).items()} for other in (cache, alike)]
-            firsts = [[x.tolist() for (_, name), x in sorted(other.kept.items()) if name == "first"] for other in (cache, alike)]
-            if shapes[0] != shapes[1] or firsts[0] != firsts[1] or not all(0 <= token < config.vocab_size for token in cache.pending):
+            if shapes[0] != shapes[1] or not all(0 <= token < config.vocab_size for token in cache.pending):
                 raise ValueError("its state is not that of this model")
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             raise UserError(f"{path} is damaged, or no session of sample.py ({error})") from None

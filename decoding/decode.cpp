@@ -11,10 +11,8 @@
 // they stay small in float32; the decay from there to the query is added by each query, in float64. Sums carry their own log
 // scale, as in online softmax: every exponent is <= 0.
 //
-// From a state. [0, 1) is cut into bins with centres x. A bin keeps, of the keys that fell into it,
-//     U = sum_j exp((lambda_j - x) / temperature + w_j) v'_j     and     W = sum_j exp((x - lambda_j) / temperature + w_j) v'_j.
-// A query takes all bins below its own from U and all above from W, exactly. In its own bin neither form is right for all keys;
-// it takes the sum of both times the factor that is right on average for keys spread evenly over the bin.
+// From a state. A head keeps a number of rows, which stand for keys that lie close together: where they lie, the log of their weight and
+// their mean value; and the latest tokens, at most RECENT, as they came. A query attends to all of these as to keys.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -28,7 +26,7 @@
 
 namespace {
 
-constexpr int64_t SEGMENT = 128, BLOCK = 16;
+constexpr int64_t SEGMENT = 128, BLOCK = 16, RECENT = 16;
 constexpr double NOTHING = -1e300;
 
 using Maybe = std::optional<at::Tensor>;
@@ -165,69 +163,108 @@ at::Tensor attend(const at::Tensor& lambda_q, const at::Tensor& lambda_k, const 
   return out;
 }
 
-// The next T tokens of each head, one after the other: lambda_q (B, H, T), lambda_k (B, Hkv, T), v (B, Hkv, T, D), log_decay
-// (B, H, T) and bias (B, Hkv, T) float64, temperature (H) float64, first (H + 1) int64: head h has the bins first[h] .. first[h + 1]
-// of state (B, bins, 2, D + 1), whose rows are in units of exp(scale), (B, H) float64; sink as above. Stores each key and then attends:
-// -> out (B, H, T, D)
+// The rows of a head in the state of a stream: where each lies, the log of its weight and its mean value. Those without a key come last;
+// their weight is -infinity and their place NOWHERE.
+struct Rows {
+  static constexpr float NOWHERE = 2;
+  float *place, *weight, *value;
+  int64_t count, D;
+
+  void sort() {
+    std::vector<int64_t> order(count);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return place[i] < place[j]; });
+    std::vector<float> moved(count * D);
+    auto permute = [&](float* x, int64_t width) {
+      for (int64_t i = 0; i < count; i++) std::copy_n(x + order[i] * width, width, moved.data() + i * width);
+      std::copy_n(moved.data(), count * width, x);
+    };
+    permute(place, 1), permute(weight, 1), permute(value, D);
+  }
+
+  // Makes one row of each row i for which apart(i) is false and of those before it down to the last that is apart.
+  template <typename F>
+  void join(F apart) {
+    std::vector<double> mean(D);
+    int64_t to = 0;
+    for (int64_t start = 0, stop; start < count; start = stop, to++) {
+      for (stop = start + 1; stop < count && !apart(stop); stop++) {}
+      const float most = *std::max_element(weight + start, weight + stop);
+      if (most == -INFINITY) break;
+      double mass = 0, moment = 0;
+      std::fill(mean.begin(), mean.end(), 0);
+      for (int64_t i = start; i < stop; i++) {
+        const double m = std::exp((double)weight[i] - most);
+        mass += m, moment += m * place[i];
+        for (int64_t d = 0; d < D; d++) mean[d] += m * value[i * D + d];
+      }
+      place[to] = moment / mass, weight[to] = most + std::log(mass);
+      for (int64_t d = 0; d < D; d++) value[to * D + d] = mean[d] / mass;
+    }
+    std::fill(place + to, place + count, NOWHERE);
+    std::fill(weight + to, weight + count, -INFINITY);
+  }
+
+  // Joins rows until at most N are left: those of one cell, then those that will be missed least.
+  void compress(int64_t N, double cells, double temperature) {
+    sort();
+    std::vector<double> cell(count);
+    for (int64_t i = 0; i < count; i++) cell[i] = std::min(std::floor(place[i] * cells), cells - 1) + (weight[i] == -INFINITY);
+    join([&](int64_t i) { return cell[i] != cell[i - 1]; });
+    const int64_t left = std::find(weight, weight + count, -INFINITY) - weight;
+    if (left <= N) return;
+    std::vector<int64_t> order(left - 1);  // of the rows but the last
+    std::vector<double> gap(left - 1), missed(left - 1);
+    for (int64_t i = 0; i < left - 1; i++) {
+      gap[i] = (double)place[i + 1] - place[i];
+      missed[i] = std::fmax(-INFINITY, weight[i] + std::log(gap[i] / (gap[i] + temperature)));  // log of what a query there would miss
+    }
+    std::iota(order.begin(), order.end(), 0);
+    std::nth_element(order.begin(), order.begin() + (left - N - 1), order.end(),
+                     [&](int64_t i, int64_t j) { return missed[i] != missed[j] ? missed[i] < missed[j] : i < j; });
+    std::vector<char> joined(count);
+    for (int64_t n = 0; n < left - N; n++) weight[order[n]] -= gap[order[n]] / temperature, joined[order[n] + 1] = 1;
+    join([&](int64_t i) { return !joined[i]; });
+  }
+};
+
+// stream() of stream.py, which describes the arguments; log_decay, bias, temperature, cells, passed and sink are float64, the rest float32.
 at::Tensor stream(const at::Tensor& lambda_q, const at::Tensor& lambda_k, const at::Tensor& v, const at::Tensor& log_decay,
-                  const at::Tensor& bias, const at::Tensor& temperature, const at::Tensor& first, at::Tensor state, at::Tensor scale,
-                  const Maybe& sink) {
-  constexpr double MOST = 30;  // the greatest log weight, relative to scale: beyond it the state is rescaled
-  constexpr float LEAST = 1e-30;  // the least weight of a bin that counts
-  const int64_t B = v.size(0), Hkv = v.size(1), T = v.size(2), D = v.size(3), H = lambda_q.size(1);
+                  const at::Tensor& bias, const at::Tensor& temperature, const at::Tensor& cells, at::Tensor place, at::Tensor weight,
+                  at::Tensor value, at::Tensor passed, const Maybe& sink, int64_t length) {
+  const int64_t B = v.size(0), Hkv = v.size(1), T = v.size(2), D = v.size(3), H = lambda_q.size(1), N = place.size(2) - RECENT;
   auto out = at::empty({B, H, T, D}, v.options());
   at::parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> total(D + 1);
+    std::vector<double> logits(N + RECENT);
     for (int64_t head = begin; head < end; head++) {
       const int64_t b = head / H, h = head % H, k = b * Hkv + h / (H / Hkv);
-      const int64_t offset = first.const_data_ptr<int64_t>()[h], bins = first.const_data_ptr<int64_t>()[h + 1] - offset;
-      const double sharpness = 1 / temperature.const_data_ptr<double>()[h], width = 1.0 / bins;
-      float* rows = state.data_ptr<float>() + (b * state.size(1) + offset) * 2 * (D + 1);
-      double& log_scale = scale.data_ptr<double>()[head];
-      auto bin_of = [&](double x) { return std::clamp<int64_t>(x * bins, 0, bins - 1); };
-      auto center = [&](int64_t bin) { return (bin + 0.5) * width; };
-      auto row_of = [&](int64_t bin, int64_t side) { return rows + (2 * bin + side) * (D + 1); };
-
+      const double width = temperature.const_data_ptr<double>()[h], sharpness = 1 / width;
+      Rows rows{of<float>(place, b, h), of<float>(weight, b, h), of<float>(value, b, h), N + RECENT, D};
+      double& since = passed.data_ptr<double>()[head];
       for (int64_t t = 0; t < T; t++) {
-        const double key = lambda_k.const_data_ptr<float>()[k * T + t], query = lambda_q.const_data_ptr<float>()[head * T + t];
-        const double log_weight = bias.const_data_ptr<double>()[k * T + t];
-        log_scale += log_decay.const_data_ptr<double>()[head * T + t];
-        if (log_weight - log_scale > MOST) {
-          const float down = std::exp(log_scale - log_weight);
-          for (int64_t i = 0; i < bins * 2 * (D + 1); i++) rows[i] *= down;
-          log_scale = log_weight;
-        }
-        const int64_t into = bin_of(key);
-        const double x = (key - center(into)) * sharpness;
-        const float* value = v.const_data_ptr<float>() + (k * T + t) * D;
-        for (int64_t side = 0; side < 2; side++) {
-          const float weight = std::exp((side ? -x : x) + log_weight - log_scale);
-          float* row = row_of(into, side);
-          for (int64_t d = 0; d < D; d++) row[d] += weight * value[d];
-          row[D] += weight;
-        }
+        const double query = lambda_q.const_data_ptr<float>()[head * T + t];
+        const int64_t recent = (length + t) % RECENT, stop = N + recent + 1;
+        since += log_decay.const_data_ptr<double>()[head * T + t];
+        rows.place[stop - 1] = lambda_k.const_data_ptr<float>()[k * T + t];
+        rows.weight[stop - 1] = bias.const_data_ptr<double>()[k * T + t] - since;
+        std::copy_n(v.const_data_ptr<float>() + (k * T + t) * D, D, rows.value + (stop - 1) * D);
 
-        const int64_t own = bin_of(query);
-        auto distance = [&](int64_t bin) { return bin == own ? 0 : std::abs(query - center(bin)) * sharpness; };
-        double most = -INFINITY;  // about the log of the heaviest bin's weight: all are relative to it, so that not all underflow
-        for (int64_t bin = 0; bin < bins; bin++)
-          if (const float held = row_of(bin, 0)[D]; held > LEAST) most = std::max(most, std::ilogb(held) * M_LN2 - distance(bin));
+        for (int64_t i = 0; i < stop; i++) logits[i] = rows.weight[i] - std::abs(query - rows.place[i]) * sharpness;
+        const double most = *std::max_element(logits.begin(), logits.begin() + stop);
         std::fill(total.begin(), total.end(), 0);
-        auto take = [&](int64_t bin, int64_t side, double log_weight) {
-          const float weight = std::exp(log_weight - most), *row = row_of(bin, side);
-          for (int64_t d = 0; d <= D; d++) total[d] += weight * row[d];
-        };
-        for (int64_t bin = 0; bin < bins; bin++)
-          if (bin != own && row_of(bin, 0)[D] > LEAST && -distance(bin) > most - 80) take(bin, bin > own, -distance(bin));
-        if (row_of(own, 0)[D] > LEAST) {
-          const double below = (query - own * width) * sharpness, above = width * sharpness - below;  // parts of the bin
-          const double factor = std::log((2 - std::exp(-below) - std::exp(-above)) / (2 * std::sinh(below) + 2 * std::sinh(above)));
-          take(own, 0, factor + (center(own) - query) * sharpness);
-          take(own, 1, factor + (query - center(own)) * sharpness);
-        }
-        if (sink) total[D] += std::exp(sink->const_data_ptr<double>()[h] - most - log_scale);
+        Sum sum{total.data(), D, most};
+        for (int64_t i = 0; i < stop; i++)
+          if (logits[i] > most - 60) sum.add(rows.value + i * D, logits[i]);
+        if (sink) total[D] += sum.rescaled(sink->const_data_ptr<double>()[h] - since);
         float* to = out.data_ptr<float>() + (head * T + t) * D;
         for (int64_t d = 0; d < D; d++) to[d] = total[d] / total[D];
+
+        if (recent == RECENT - 1) {
+          for (int64_t i = 0; i < stop; i++) rows.weight[i] += since;
+          since = 0;
+          rows.compress(N, cells.const_data_ptr<double>()[h], width);
+        }
       }
     }
   });
@@ -261,6 +298,6 @@ TORCH_LIBRARY(tauformer_decode, library) {
               "Tensor(b!) weight, Tensor(c!) values, Tensor sums, Tensor scales, Tensor temperature, Tensor ends, Tensor(d!) now, "
               "Tensor? sink, int length) -> Tensor", &attend);
   library.def("energy(Tensor x, Tensor laplacian, float eps) -> Tensor", &energy);
-  library.def("stream(Tensor lambda_q, Tensor lambda_k, Tensor v, Tensor log_decay, Tensor bias, Tensor temperature, Tensor first, "
-              "Tensor(a!) state, Tensor(b!) scale, Tensor? sink) -> Tensor", &stream);
+  library.def("stream(Tensor lambda_q, Tensor lambda_k, Tensor v, Tensor log_decay, Tensor bias, Tensor temperature, Tensor cells, "
+              "Tensor(a!) place, Tensor(b!) weight, Tensor(c!) value, Tensor(d!) passed, Tensor? sink, int length) -> Tensor", &stream);
 }

@@ -1,79 +1,82 @@
 """StreamCache's step in plain torch, for any device and without a compiler: what decode.cpp's stream() computes, for some tokens at
-once, with the same state."""
+once, with the same state.
+
+A row of the state stands for keys that lie close together: where they lie on average, the log of their weight and their mean value. A
+head has N of them, sorted by place, and after them RECENT more for the latest tokens as they came. When these are full, all are joined:
+rows in the same cell of [0, 1), and, if more than N are left, those that will be missed least."""
+
+import math
 
 import torch
+import torch.nn.functional as F
 
-MOST = 30  # the greatest log weight, relative to the state's scale: beyond it the state is rescaled
-LEAST = 1e-30  # the least weight of a bin that counts
+from ops.attention import finest
 
-
-def stream(lambda_q, lambda_k, v, log_decay, bias, temperature, first, state, scale, sink):
-    """Add T tokens to the state, in place, and return what each attends to, (B, H, T, D).
-
-    lambda_q (B, H, T), lambda_k (B, Hkv, T), v (B, Hkv, T, D), log_decay (B, H, T), bias (B, Hkv, T), temperature (H,). first (H + 1,):
-    where each head's bins begin among the N of all. state (B, N, 2, D + 1): of each bin the sums of exp(x + w) (v, 1) and of
-    exp(-x + w) (v, 1), where x is a key's distance from the bin's centre in temperatures and w its log weight; both in units of
-    exp(scale), (B, H), -inf at first. sink (H,), if any: the log weight of a value 0. Memory is O(T N H + T^2 H)."""
-    B, H, T = lambda_q.shape
-    group, fine, D = H // lambda_k.size(1), scale.dtype, v.size(-1)
-    lambda_k, bias, v = (x.repeat_interleave(group, 1) for x in (lambda_k, bias, v))  # of each query head
-    bins, sharpness = first.diff().to(fine)[:, None], 1 / temperature.to(fine)[:, None]  # (H, 1)
-    q, k = lambda_q.to(fine), lambda_k.to(fine)
-    own, into = ((x * bins).floor().clamp_min(0).minimum(bins - 1) for x in (q, k))  # each token's bin as a query and as a key
-    center = lambda number: (number + 0.5) / bins
-    x = (k - center(into)) * sharpness
-    w = bias.to(fine) - log_decay.to(fine).cumsum(-1)
-    scale.copy_(torch.where(scale.isinf(), w.amax(-1), scale))  # nothing is stored yet
-    w = w - scale[..., None]  # in units of the state; the queries' part, the decay since then, cancels
-
-    # in a query's own bin, where a key lies on either side, a weight is the mean over the places that the key may have
-    below = (q - own / bins) * sharpness
-    above = sharpness / bins - below
-    factor = ((2 - (-below).exp() - (-above).exp()) / (2 * below.sinh() + 2 * above.sinh())).log()
-    offset = (q - center(own)) * sharpness
-
-    # the tokens before: (B, H, T, N) exponents of a bin's first and of its second sum
-    head = torch.repeat_interleave(torch.arange(H, device=q.device), first.diff(), output_size=state.size(1))  # (N,) of each bin
-    number = torch.arange(len(head), device=q.device) - first[head]
-    mine = head == torch.arange(H, device=q.device)[:, None]  # (H, N)
-    place, number = (number + 0.5) / bins[head, 0], number.to(fine)
-    distance = (q[..., None] - place).abs() * sharpness[..., None]
-    held = state[:, None, None, :, 0, D] > LEAST
-    exponents = side_exponents(distance, number, own[..., None], factor[..., None], offset[..., None], held & mine[:, None])
-    mass = state[:, None, None, :, 0, D].clamp_min(LEAST).to(fine).log()
-
-    # the tokens of this call: (B, H, T, T)
-    distance = (q[..., None] - center(into)[..., None, :]).abs() * sharpness[..., None]
-    seen = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-    pairs = side_exponents(distance, into[..., None, :], own[..., None], factor[..., None], offset[..., None], seen)
-    pairs = torch.logaddexp(pairs[0] + x[..., None, :], pairs[1] - x[..., None, :]) + w[..., None, :]
-
-    most = torch.maximum((torch.maximum(*exponents) + mass).amax(-1), pairs.amax(-1))[..., None]
-    rows = torch.cat([v.float(), torch.ones_like(v[..., :1], dtype=torch.float32)], -1)
-    total = (pairs - most).exp().float() @ rows
-    for side in (0, 1):
-        total = total + ((exponents[side] - most).exp().float().flatten(1, 2) @ state[:, :, side]).unflatten(1, (H, T))
-
-    if sink is not None:
-        total[..., D:] += (sink[:, None, None] - most - (scale[..., None] + log_decay.to(fine).cumsum(-1))[..., None]).exp().float()
-
-    # the state after them
-    scale += log_decay.to(fine).sum(-1)
-    highest = w.amax(-1)
-    shift = torch.where(highest > MOST, highest, 0)
-    scale += shift
-    state *= (-shift).exp()[:, head, None, None].float()
-    to = (first[:-1, None] + into.long()).flatten(1)  # (B, H T)
-    hit = (to[:, None] == torch.arange(len(head), device=q.device)[:, None]).float()  # (B, N, H T)
-    weights = (torch.stack([x, -x], -1) + (w - shift[..., None])[..., None]).exp().float()  # (B, H, T, 2)
-    added = weights[..., None] * rows[..., None, :]
-    state += (hit @ added.flatten(1, 2).flatten(2)).unflatten(-1, (2, D + 1))
-    return (total[..., :D] / total[..., D:]).to(v.dtype)
+RECENT = 16  # as in decode.cpp
+NOWHERE = 2.0  # the place of a row without a key, whose weight is -inf
 
 
-def side_exponents(distance, number, own, factor, offset, counts):
-    """The log weights of both sums of the bins `number` for queries in the bins `own`; -inf where a sum does not count."""
-    nothing = distance.new_tensor(-torch.inf)
-    first = torch.where(number < own, -distance, torch.where(number == own, factor - offset, nothing))
-    second = torch.where(number > own, -distance, torch.where(number == own, factor + offset, nothing))
-    return torch.where(counts, first, nothing), torch.where(counts, second, nothing)
+def stream(lambda_q, lambda_k, v, log_decay, bias, temperature, cells, place, weight, value, passed, sink, length):
+    """Add T tokens, after `length` others, to the state, in place, and return what each attends to, (B, H, T, D).
+
+    lambda_q (B, H, T), lambda_k (B, Hkv, T), v (B, Hkv, T, D), log_decay (B, H, T), bias (B, Hkv, T); of each head the temperature
+    (H,) and how many cells [0, 1) has, (H,). The state: place (B, H, N + RECENT), weight likewise and value (B, H, N + RECENT, D)
+    are the rows; passed (B, H) is the sum of log decays since they were joined, from when on their weights count. sink (H,), if any: the
+    log weight of a value 0. Memory is O(RECENT N H)."""
+    H, T = lambda_q.shape[1:]
+    lambda_k, bias, v = (x.repeat_interleave(H // x.size(1), 1) for x in (lambda_k, bias, v))  # of each query head
+    N = place.size(2) - RECENT
+    outs, start = [], 0
+    while start < T:
+        recent = (length + start) % RECENT
+        stop = min(T, start + RECENT - recent)
+        begin, end = N + recent, N + recent + stop - start  # rows of these tokens
+        since = passed[..., None] + log_decay[..., start:stop].cumsum(-1)
+        place[..., begin:end] = lambda_k[..., start:stop]
+        weight[..., begin:end] = bias[..., start:stop] - since
+        value[:, :, begin:end] = v[:, :, start:stop]
+        distance = (lambda_q[..., start:stop, None].to(since.dtype) - place[:, :, None, :end]).abs()
+        logits = weight[:, :, None, :end] - distance / temperature[:, None, None]
+        future = torch.ones(stop - start, end, dtype=torch.bool, device=v.device).triu(begin + 1)
+        logits = logits.masked_fill(future, -math.inf)
+        if sink is not None:
+            logits = torch.cat([logits, (sink[:, None] - since)[..., None]], -1)
+        outs.append(logits.softmax(-1)[..., :end].float() @ value[:, :, :end])
+        passed.copy_(since[..., -1])
+        if end == N + RECENT:
+            weight += passed[..., None]
+            passed.zero_()
+            compress(place, weight, value, temperature[:, None], cells[:, None])
+        start = stop
+    return torch.cat(outs, 2).to(v.dtype)
+
+
+def compress(place, weight, value, temperature, cells):
+    """Join rows until at most N are left. temperature, cells (H, 1)."""
+    N = place.size(-1) - RECENT
+    order = place.argsort(dim=-1, stable=True)
+    rows = place.gather(-1, order), weight.gather(-1, order), value.gather(2, order[..., None].expand_as(value))
+    cell = (rows[0] * cells).floor().minimum(cells - 1) + rows[1].isneginf()
+    rows = joined(*rows, cell.diff() != 0)
+    if (cells > N).any():
+        gap = rows[0].to(temperature.dtype).diff()
+        missed = rows[1][..., :-1] + (gap / (gap + temperature)).log()  # the log of what a query there would miss of a row
+        missed = missed.masked_fill(rows[1][..., 1:].isneginf(), math.inf)
+        excess = (~rows[1].isneginf()).sum(-1, keepdim=True) - N
+        least = missed.argsort(dim=-1, stable=True).argsort(dim=-1) < excess
+        rows[1][..., :-1] -= torch.where(least, gap / temperature, 0).float()  # as the next row's place sees it
+        rows = joined(*rows, ~least)
+    for x, new in zip((place, weight, value), rows):
+        x.copy_(new)
+
+
+def joined(place, weight, value, apart):
+    """The rows with each row i + 1 for which apart[..., i] is false joined to the one before it; then rows without a key."""
+    run = F.pad(apart, (1, 0)).cumsum(-1)
+    most = torch.full_like(weight, -math.inf).scatter_reduce_(2, run, weight, "amax")  # of each run
+    mass = torch.where(weight.isneginf(), 0, (weight - most.gather(2, run)).to(finest(place.device)).exp())[..., None]
+    rows = torch.cat([mass, mass * place[..., None], mass * value], -1)
+    rows = torch.zeros_like(rows).scatter_add_(2, run[..., None].expand_as(rows), rows)
+    mass, place, value = rows.split([1, 1, value.size(3)], -1)
+    mean = lambda x: (x / mass.clamp_min(1)).float()  # where there is a key it is 1 at least
+    return torch.where(most.isneginf(), NOWHERE, mean(place)[..., 0]), most + mass[..., 0].log().float(), mean(value)
