@@ -22,10 +22,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import UserError
-from ops.attention import recurrence, tau_attention
+from ops.attention import tau_attention
 from ops.dot import DOT_SCALE, dot_attention, window_attention
 from ops.fused import ENERGY_EPS, NORM_EPS, ChunkedLoss, Energy, RMSNorm, SquaredReluMLP, by_head, rayleigh_quotient
 from ops.model_config import ModelConfig, ModelSettings  # noqa: F401 (callers take them from here, beside Tauformer)
+from ops.recurrence import recurrence
 
 INIT_STD = 0.02
 # Where recall heads start: their matrix; for tau the temperature, and the logit of a key of value 0; for dot the sharpness of the logits;
@@ -239,7 +240,7 @@ class Attention(nn.Module):
         with without_autocast(tokens):  # equal tokens are to be equal to the last bit
             k = norm(self.recall(tokens).unflatten(-1, (-1, self.config.head_size)))
             r = self.hold(tokens).sigmoid()[..., None]
-            k = recurrence(r, (1 - r) * k, 0 if cache is None else cache.last.get((self.layer, "recalled"), 0))
+            k = recurrence(r, (1 - r) * k, None if cache is None else cache.last.get((self.layer, "recalled")))
         if cache is not None:
             cache.last[self.layer, "recalled"] = k[:, -1:].clone()
         return k

@@ -17,7 +17,8 @@ SHARED_KB = {80: 163, 90: 227}  # available to a block of threads, by compute ca
 
 FLOAT64 = "temperature decay bias sink lse grad_weight receiver_w source_w scales table_scales".split()
 FLOAT32 = (
-    "lambda_q lambda_k receiver_x source_x source_one middle factors grad_q grad_k moment weight sums ones table_ones losses"
+    "lambda_q lambda_k receiver_x source_x source_one middle factors grad_q grad_k moment weight sums ones table_ones losses "
+    "a b y to_a to_b"
 ).split()
 INT32 = "reach receiver_order receiver_start receiver_bin source_order source_start source_before".split()
 VALUES = "v source out spread grad dout logits".split()  # of the dtype of the values
@@ -31,10 +32,10 @@ def kernel_resources(what):
     from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
 
-    from ops import attention_grid, attention_triton, fused_triton
+    from ops import attention_grid, attention_triton, fused_triton, recurrence_triton
 
     name, (M, N, warps, stages, registers), width, values, terms, backward, capability = what
-    module = next(module for module in (attention_triton, attention_grid, fused_triton) if hasattr(module, name))
+    module = next(module for module in (attention_triton, attention_grid, fused_triton, recurrence_triton) if hasattr(module, name))
     kernel = triton.jit(getattr(module, name))
     constants = {
         "D": width,
@@ -47,6 +48,7 @@ def kernel_resources(what):
         "M": M,
         "KB": M,
         "N": N,
+        "ROWS": M,
         "ONE": M > fused_triton.BLOCK,
         "CAPPED": True,
         "FAST": values == "bf16",
@@ -105,7 +107,7 @@ def kernel_resources(what):
 def bench_triton(args):
     """Compile every kernel with every tile that autotuning may choose, ahead of time. Raises UserError if one does not fit."""
     try:
-        from ops import attention_grid, fused_triton
+        from ops import attention_grid, fused_triton, recurrence_triton
         from ops.attention_triton import KEYS_BLOCK, QUERIES_BLOCK, TILES
     except ImportError as error:
         raise UserError(f"triton needs the package triton: pip install triton==3.9.0 ({error})") from None
@@ -146,6 +148,12 @@ def bench_triton(args):
         for block in (fused_triton.BLOCK, fused_triton.MOST)
         for warps in fused_triton.WARPS
         for values in types
+        for capability in SHARED_KB
+    ]
+    every += [
+        (name, (recurrence_triton.ROWS, 1, 1, 3, None), width, "fp32", False, name == "recurrence_gradient_kernel", capability)
+        for name in ("recurrence_kernel", "recurrence_gradient_kernel")
+        for width in (32, 64, 128)
         for capability in SHARED_KB
     ]
     with multiprocessing.get_context("spawn").Pool() as pool:

@@ -20,7 +20,12 @@ from training.config import read_settings
 from training.memory import peak_mem_mb
 from training.processes import compiled
 
-CONFIGS = {"dot": "dot_30m.toml", "tau": "tau_30m.toml", "tau_best": "tau_30m_best.toml"}
+CONFIGS = {  # file, and settings in place of its own
+    "dot": ("dot_30m.toml", {}),
+    "tau": ("tau_30m.toml", {}),
+    "tau_best": ("tau_30m_best.toml", {}),
+    "tau_best_without_recall": ("tau_30m_best.toml", {"recall_heads": 0}),
+}
 PEAK = 989e12  # operations a second of an H100 or H200 in bfloat16, without sparsity
 
 
@@ -39,7 +44,8 @@ def train_step(contender, nanogpt, B, T, steps, compile, threads, device):
         loss_of = lambda model, idx, targets: model(idx, targets)[1]
         optimizer = model.to(device).configure_optimizers(0.1, 1e-4, (0.9, 0.95), device)
     else:
-        settings = read_settings(ROOT / "configs" / CONFIGS[contender])
+        file, instead = CONFIGS[contender]
+        settings = read_settings(ROOT / "configs" / file) | instead
         config = ModelConfig(**{f.name: settings[f.name] for f in fields(ModelSettings) if f.name in settings} | {"block_size": T})
         model = Tauformer(config, torch.from_numpy(laplacian_of(random_distances(WIDTH, seed=0))))
         loss_of = lambda model, idx, targets: model(idx, targets)
@@ -66,10 +72,12 @@ def train_step(contender, nanogpt, B, T, steps, compile, threads, device):
 
 
 def bench_train_step(args):
-    contenders = [*(["nanogpt"] if args.nanogpt else []), *CONFIGS]  # the first is what the others are compared with
+    on_gpu = args.device == "cuda"
+    ours = [name for name in CONFIGS if not (on_gpu and name.endswith("without_recall"))]  # compiling takes a minute of it
+    contenders = [*(["nanogpt"] if args.nanogpt else []), *ours]  # the first is what the others are compared with
     if args.nanogpt and not (Path(args.nanogpt) / "model.py").exists():
         raise UserError(f"--nanogpt={args.nanogpt}: there is no model.py; give a checkout of nanoGPT")
-    name = "train_step" + ("_cuda" if args.device == "cuda" else "") + ("_compiled" if args.compile else "")
+    name = "train_step" + ("_cuda" if on_gpu else "") + ("_compiled" if args.compile else "")
     rows, base = [], contenders[0]
     for T in [length for length in (1024, 16384, 4096) if length <= args.longest]:  # the ends first
         B = max(1, TOKENS[args.device] // T)
@@ -92,7 +100,7 @@ def bench_train_step(args):
                 "memory_mb": memory,
                 "runs": args.repeats,
             }
-            if args.device == "cuda":
+            if on_gpu:
                 row["mfu"] = 6 * products * B * T / seconds / PEAK  # of matrix products alone, without attention
             rows.append(row)
             of_base = next(other for other in rows if (other["model"], other["T"]) == (base, T))

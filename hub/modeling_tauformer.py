@@ -194,16 +194,14 @@ def queries_keys(x):
     return x[:, :, :-1].flatten(1, 2), x[:, :, -1]
 
 
-def recurrence(a, b, first):
-    """y of y_t = a_t y_(t-1) + b_t along dim 1 of a and b, in log2(T) steps: in step n each entry has taken in 2^n and gets the 2^n
-    before them. y before the first entry is `first`, 0 or of one entry."""
-    step, T = 1, b.size(1)
-    b = torch.cat([b[:, :1] + a[:, :1] * first, b[:, 1:]], 1)
-    while step < T:
-        b = torch.cat([b[:, :step], b[:, step:] + a[:, step:] * b[:, :-step]], 1)
-        a = torch.cat([a[:, :step], a[:, step:] * a[:, :-step]], 1)
-        step *= 2
-    return b
+def recurrence(a, b, y):
+    """y_t = a_t y_(t-1) + b_t along dim 1 of a and b, one after the other, so that no result depends on where its token stands. y: the one
+    before the first token."""
+    steps = []
+    for kept, new in zip(a.unbind(1), b.unbind(1)):
+        y = kept * y + new
+        steps.append(y)
+    return torch.stack(steps, 1)
 
 
 def attend(logits, v, real, log_decay=None, key_bias=None, sink=None, window=None):
@@ -306,7 +304,7 @@ class Attention(nn.Module):
             r = self.hold(tokens).float().sigmoid()[..., None]
         k = recurrence(r, (1 - r) * k, 0 if kept is None else kept.more.get("recalled", 0))
         if kept is not None:
-            kept.more["recalled"] = k[:, -1:].clone()
+            kept.more["recalled"] = k[:, -1].clone()
         return k
 
     def switches(self, x):

@@ -585,6 +585,57 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
   return {grad_lambda_q, grad_lambda_k, grad_v, -moment.sum(0) / temperature, grad_weight};
 }
 
+// row = kept * row + from, product and sum rounded each, as they are in torch
+template <typename T>
+void step(std::vector<T>& row, T kept, const T* from) {
+  for (T& x : row) x *= kept;
+  asm volatile("" : : "r"(row.data()) : "memory");  // no fused multiply-add
+  for (size_t d = 0; d < row.size(); d++) row[d] += from[d];
+}
+
+// y_t = a_t y_(t-1) + b_t of each head: a (B, T, H, 1), b (B, T, H, D), both contiguous -> y (B, T, H, D)
+at::Tensor recurrence(const at::Tensor& a, const at::Tensor& b) {
+  const int64_t B = b.size(0), n = b.size(1), H = b.size(2), D = b.size(3);
+  auto y = empty(b.sizes(), b.options());
+  AT_DISPATCH_FLOATING_TYPES(b.scalar_type(), "recurrence", [&] {
+    at::parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) {
+      std::vector<scalar_t> row(D);
+      for (int64_t head = begin; head < end; head++) {
+        std::fill(row.begin(), row.end(), 0);
+        for (int64_t t = 0; t < n; t++) {
+          const int64_t at = (head / H * n + t) * H + head % H;
+          step(row, a.const_data_ptr<scalar_t>()[at], b.const_data_ptr<scalar_t>() + at * D);
+          std::copy_n(row.data(), D, y.data_ptr<scalar_t>() + at * D);
+        }
+      }
+    });
+  });
+  return y;
+}
+
+// -> gradients of a and b
+std::tuple<at::Tensor, at::Tensor> recurrence_backward(const at::Tensor& grad, const at::Tensor& a, const at::Tensor& y) {
+  const int64_t B = y.size(0), n = y.size(1), H = y.size(2), D = y.size(3);
+  auto grad_a = at::zeros_like(a), grad_b = empty(y.sizes(), y.options());
+  AT_DISPATCH_FLOATING_TYPES(y.scalar_type(), "recurrence_backward", [&] {
+    at::parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) {
+      std::vector<scalar_t> row(D);
+      for (int64_t head = begin; head < end; head++) {
+        std::fill(row.begin(), row.end(), 0);
+        scalar_t kept = 0;
+        for (int64_t t = n - 1; t >= 0; t--) {
+          const int64_t at = (head / H * n + t) * H + head % H;
+          step(row, kept, grad.const_data_ptr<scalar_t>() + at * D);
+          std::copy_n(row.data(), D, grad_b.data_ptr<scalar_t>() + at * D);
+          if (t) grad_a.data_ptr<scalar_t>()[at] = dot(row.data(), y.const_data_ptr<scalar_t>() + (at - H) * D, D);
+          kept = a.const_data_ptr<scalar_t>()[at];
+        }
+      }
+    });
+  });
+  return {grad_a, grad_b};
+}
+
 }  // namespace
 
 TORCH_LIBRARY(tauformer_walk, library) {
@@ -593,4 +644,6 @@ TORCH_LIBRARY(tauformer_walk, library) {
   library.def("backward(Tensor grad, Tensor lambda_q, Tensor lambda_k, Tensor v, Tensor temperature, Tensor? decay, "
               "Tensor? bias, Tensor out, Tensor lse, Tensor diff, Tensor diff_one) -> "
               "(Tensor, Tensor, Tensor, Tensor, Tensor)", &backward);
+  library.def("recurrence(Tensor a, Tensor b) -> Tensor", &recurrence);
+  library.def("recurrence_backward(Tensor grad, Tensor a, Tensor y) -> (Tensor, Tensor)", &recurrence_backward);
 }

@@ -123,22 +123,12 @@ def running_sum(x):
 
 
 def doubled_sum(x):
-    """x.cumsum(-1), as a recurrence."""
-    return recurrence(torch.ones_like(x), x, 0, -1)
-
-
-def recurrence(a, b, first, dim=1):
-    """y of y_t = a_t y_(t-1) + b_t along dim of a and b, in log2(T) steps: in step n each entry has taken in 2^n and gets the 2^n before
-    them. y before the first entry is `first`, 0 or of one entry."""
-    step, T = 1, b.size(dim)
-    head, rest = b.tensor_split([1], dim)
-    b = torch.cat([head + a.narrow(dim, 0, 1) * first, rest], dim)
-    while step < T:
-        (a_head, a_rest), (b_head, b_rest) = a.tensor_split([step], dim), b.tensor_split([step], dim)
-        b = torch.cat([b_head, b_rest + a_rest * b.narrow(dim, 0, T - step)], dim)
-        a = torch.cat([a_head, a_rest * a.narrow(dim, 0, T - step)], dim)
+    """x.cumsum(-1), in log2(T) steps: in step n each entry has taken in 2^n and gets the 2^n before them."""
+    step = 1
+    while step < x.size(-1):
+        x = torch.cat([x[..., :step], x[..., step:] + x[..., :-step]], -1)
         step *= 2
-    return b
+    return x
 
 
 def naive(lambda_q, lambda_k, v, temperature, log_decay=None, key_bias=None, sink=None):

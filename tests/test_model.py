@@ -17,7 +17,6 @@ from model import (
     head_laplacians,
     kron_reduction,
     norm,
-    recurrence,
     spectral_roots,
 )
 from ops.attention import add_terms, tau_attention
@@ -149,16 +148,6 @@ def test_recall_heads_attend_to_what_followed(form):
     of_recall = torch.autograd.grad(qk[..., 2:, :].square().mul(torch.randn(8)).sum(), x, retain_graph=True, allow_unused=True)[0]
     assert of_recall is None or of_recall.eq(0).all()
     assert torch.autograd.grad(qk[..., :2, :].square().mul(torch.randn(8)).sum(), x)[0].abs().max() > 0
-
-
-def test_recurrence():
-    a, b, first = torch.rand(2, 13, 3), torch.randn(2, 13, 3), torch.randn(2, 1, 3)
-    y, expected = first[:, 0], []
-    for t in range(13):
-        y = a[:, t] * y + b[:, t]
-        expected.append(y)
-    torch.testing.assert_close(recurrence(a, b, first), torch.stack(expected, 1))
-    torch.testing.assert_close(recurrence(a[:, 5:], b[:, 5:], recurrence(a[:, :5], b[:, :5], first)[:, -1:]), torch.stack(expected[5:], 1))
 
 
 def test_the_nearest_lambda_is_that_of_the_longest_common_suffix():

@@ -12,9 +12,10 @@ from conftest import ROOT
 pytest.importorskip("triton", reason="triton has no build for this system")
 from test_attention import FACTORS, attended, inputs, pairwise, table_inputs, value_and_gradients
 
-from ops import attention_grid, attention_triton, fused_triton
+from ops import attention_grid, attention_triton, fused_triton, recurrence_triton
 from ops.attention import backend, fast_attention, tau_attention
 from ops.attention_triton import KEYS_BLOCK, QUERIES_BLOCK, TILES, reaches
+from ops.recurrence import Doubling
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.cuda] if DEVICE == "cuda" else []  # all of it, where there is one
@@ -257,6 +258,8 @@ def test_every_kernel_has_been_compiled_with_every_tile():
             for name in ("bin", "sum", "grid")
             for backward in (False, True)
         ],
+        ("recurrence_kernel", (recurrence_triton.ROWS, 1, 1, 3, None), 32, "fp32", False, False, 90),
+        ("recurrence_gradient_kernel", (recurrence_triton.ROWS, 1, 1, 3, None), 32, "fp32", False, True, 80),
     ]
     done = subprocess.run(
         [sys.executable, "-c", code, repr(every)], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0"}
@@ -283,3 +286,15 @@ def test_loss(N, V, softcap, block, dtype, tolerance, monkeypatch):
         assert mine.shape == theirs.shape
         assert (mine - theirs).norm() <= tolerance * theirs.norm(), name
     assert fused_triton.summed_loss(x, weight, targets, softcap, False, dtype)[0] == ours[0]
+
+
+@pytest.mark.parametrize("shape", [(2, 77, 3, 5), (1, 1, 1, 32), (1, 8, 2, 32), (2, 16, 1, 16), (1, 33, 6, 64)], ids=str)
+def test_recurrence_equals_the_plain_one(shape):
+    torch.manual_seed(0)
+    a, b, grad = (x.to(DEVICE) for x in (torch.rand(*shape[:3], 1), torch.randn(shape), torch.randn(shape)))
+    y = recurrence_triton.recurrence(a, b)
+    expected = Doubling.recurrence(a.double(), b.double())
+    torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
+    gradients = Doubling.recurrence_backward(grad.double(), a.double(), expected)
+    for ours, theirs in zip(recurrence_triton.recurrence_backward(grad, a, y), gradients, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, atol=1e-5, rtol=1e-5)
