@@ -195,7 +195,7 @@ class StreamCache(Cache):
     least, by their weight, which decays, and their distance.
     ("Topological Transformer", conclusion, proposes sums over bins as per-centroid aggregates.)"""
 
-    CELLS, STATE_BYTES = 16, 8e6
+    CELLS, STATE_BYTES = 32, 8e6
 
     def __init__(self, config, device="cpu"):
         """On a CPU by decode.cpp, where it could be compiled; otherwise by stream.py, which computes the same with the same state."""
