@@ -59,9 +59,10 @@ def load(out_dir, device="auto"):
 class Text:
     """The text of one sample from its tokens, in pieces of whole characters, up to the first of the texts `stops`."""
 
-    def __init__(self, tokenizer, stops=()):
+    def __init__(self, tokenizer, stops=(), unshown=b""):
         self.tokenizer, self.stops = tokenizer, stops
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.decoder.setstate((unshown, 0))
         self.held, self.stopped = "", False
 
     def add(self, token):
@@ -72,6 +73,12 @@ class Text:
         shown = self.released(self.decoder.decode(b"", final=True), last=True)
         self.stopped = True
         return shown
+
+    def unshown(self):
+        """The bytes at the end that are the beginning of a character; they are not shown any more."""
+        begun = self.decoder.getstate()[0]
+        self.decoder.reset()
+        return begun
 
     def released(self, text, last):
         if self.stopped:
@@ -131,7 +138,9 @@ def generate_many(
         read = model.config.block_size
         print(f"a prompt has {longest:,} tokens: the last {read:,}, the context, are read (--cache=stream reads all)", file=sys.stderr)
     rows = [(prompt, seed + number) for prompt in tokens for number in range(num_samples)]
-    texts, pieces = [Text(tokenizer, stop) for _ in rows], [[] for _ in rows]
+    session = None if isinstance(cache, str) else cache
+    texts = [Text(tokenizer, stop, session.unshown if session and prompts == [""] else b"") for _ in rows]
+    pieces = [[] for _ in rows]
     end = {tokenizer.end_token} if stop and tokenizer.end_token is not None else ()
 
     def piece(row, text, tokens):
@@ -148,6 +157,8 @@ def generate_many(
                 piece(first + row, batch[row].end() if token in end else batch[row].add(token), 1)
                 if all(text.stopped for text in batch):
                     break
+    if session:
+        session.unshown = texts[0].unshown()
     for row, text in enumerate(texts):
         piece(row, text.end(), 0)
     return ["".join(row) for row in pieces]
@@ -343,6 +354,8 @@ def main():
         how["cache"] = make_cache("stream", model.config, model.head.weight.device)
         if args.session.exists():
             how["cache"] = StreamCache.load(args.session, model, model.sha256)
+            if any(len(x) != 1 for x in how["cache"].kept.values()):
+                raise UserError(f"{args.session} holds several samples: --session goes on from one")
     prompts = prompts_of(args)
 
     terminal = sys.stdout.isatty()

@@ -204,6 +204,7 @@ class StreamCache(Cache):
         if torch.device(device).type == "cpu" and not not_compiled():
             self.step, self.energy = decode().stream, CompiledCache.energy
         self.pending = []  # the last token, if any, which is not stored yet: it goes in front of the next ones
+        self.unshown = b""  # the first bytes of a character of which the sample has not had the others yet
 
     def rows(self, cells, D):
         """How many rows each head of a layer keeps besides the RECENT ones. cells (H,) float64."""
@@ -249,7 +250,8 @@ class StreamCache(Cache):
         tensors = {
             f"{kind}.{layer}.{name}": x.contiguous() for kind in ("kept", "last") for (layer, name), x in getattr(self, kind).items()
         }
-        checkpoint_file.save(path, tensors, {"session": {"length": self.length, "pending": self.pending, "model": model_hash}})
+        session = {"length": self.length, "pending": self.pending, "unshown": self.unshown.hex(), "model": model_hash}
+        checkpoint_file.save(path, tensors, {"session": session})
 
     @classmethod
     def load(cls, path, model, model_hash):
@@ -260,9 +262,11 @@ class StreamCache(Cache):
         if session.get("model") != model_hash:
             raise UserError(f"{path} is the session of another checkpoint: give the one that it was begun with, or another --session")
         try:
-            cache.length, cache.pending = int(session["length"]), [int(token) for token in session["pending"]]
-            if not 0 <= cache.length < 2**53:  # positions are float64
-                raise ValueError(f"its length is {cache.length}")
+            cache.length, cache.pending, cache.unshown = session["length"], session["pending"], bytes.fromhex(session["unshown"])
+            if type(cache.length) is not int or not 0 <= cache.length < 2**52:  # positions are float64
+                raise ValueError("its length is no number of tokens")
+            if type(cache.pending) is not list or len(cache.pending) > 1 or len(cache.unshown) > 3:
+                raise ValueError("its last token is none")
             for key, x in tensors.items():
                 kind, layer, name = key.split(".")
                 dtype = finest(device) if name == "passed" else x.dtype
@@ -275,8 +279,10 @@ class StreamCache(Cache):
                 with torch.no_grad():
                     model(torch.zeros(size, dtype=torch.long, device=device), cache=alike)
             shapes = [{key: (x.shape, x.dtype) for key, x in (other.kept | other.last).items()} for other in (cache, alike)]
-            if shapes[0] != shapes[1] or not all(0 <= token < config.vocab_size for token in cache.pending):
+            if shapes[0] != shapes[1] or not all(type(token) is int and 0 <= token < config.vocab_size for token in cache.pending):
                 raise ValueError("its state is not that of this model")
+            if any(x.isnan().any() or (x == math.inf).any() for x in [*cache.kept.values(), *cache.last.values()]):
+                raise ValueError("it holds what is no number")
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             raise UserError(f"{path} is damaged, or no session of sample.py ({error})") from None
         return cache

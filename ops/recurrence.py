@@ -33,7 +33,7 @@ def _(a, b):
 
 @recurrence_backward.register_fake
 def _(grad, a, y):
-    return torch.empty_like(a, memory_format=torch.contiguous_format), torch.empty_like(y)
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (a, y))
 
 
 def _save(ctx, inputs, output):

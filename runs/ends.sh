@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Does a small model know how a held-out text ends? Models of the study's size are trained on a JSONL file of yours, the best form of tau and
-# dot product with the same switches, exported, and asked by the evaluation harness which of four ends is right (docs/export.md).
+# Does a small model know how a held-out text ends? Models of the study's size are trained on a JSONL file of yours, the best form of tau
+# without recall heads and dot product with the same switches, exported, and asked by the evaluation harness which of four ends is right
+# (docs/export.md).
 #
 #     bash runs/ends.sh FILE.jsonl                     # both forms, three seeds
 #     bash runs/ends.sh FILE.jsonl "tau, published"    # these rows only; there are: tau; dot; tau, 4 recall; dot, 4 recall; tau, published

@@ -18,6 +18,7 @@ from conftest import ROOT, fails, ok, run_script
 from common import UserError
 from data import tokenizer as tokenizers
 from data.corpus import Corpus
+from decoding.cache import StreamCache
 from decoding.generate import decode_n_tokens, for_decoding, probabilities, sample
 from decoding.score import loss_of
 from sample import Text, generate_many, load
@@ -153,6 +154,23 @@ def test_a_session_goes_on(work, tmp_path):
     assert first + ok(*command, session, "--max_new_tokens=30", cwd=work) == whole
     (tmp_path / "s.safetensors").write_bytes(b"x" * 100)
     assert "damaged, or no session" in fails(*command, session, cwd=work)
+
+
+def test_a_session_is_cut_inside_a_character(trained, monkeypatch, tmp_path):
+    """The first bytes of a character wait in the session for the others."""
+    model, _ = trained
+
+    class Bytes:
+        end_token, encode, decode_bytes = None, staticmethod(lambda text: list(text.encode())), staticmethod(bytes)
+
+    left, cache, texts = list("naïve 漢".encode()), StreamCache(model.config), []
+    monkeypatch.setattr("decoding.generate.decode_n_tokens", lambda model, prompts, seeds, n, *_: ((0, left.pop(0)) for _ in range(n)))
+    cache.pending = [1]
+    for n in (3, 5, 2):
+        texts += generate_many(model, Bytes, [""], max_new_tokens=n, cache=cache)
+        cache.save(tmp_path / "s", "hash")
+        cache = StreamCache.load(tmp_path / "s", model, "hash")
+    assert texts == ["na", "ïve ", "漢"]
 
 
 def test_without_a_compiler(work, tmp_path):

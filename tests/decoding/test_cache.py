@@ -195,12 +195,22 @@ def test_a_stream_of_another_model_is_refused(tmp_path):
     again = StreamCache.load(tmp_path / "s", model, "hash")
     assert again.length == 20 and all(torch.equal(again.kept[key], x) for key, x in cache.kept.items())
     tensors, header = checkpoint_file.load(tmp_path / "s", ["session"], "session")
-    for session in ({"length": 10**30}, {"length": -1}, {"length": "x"}, {"pending": 3}, {"pending": [10**9]}):
+    wrong_sessions = [{"length": length} for length in (10**30, -1, "x", 2**53 - 1, 20.0)]
+    wrong_sessions += [{"pending": pending} for pending in (3, [10**9], "12", [1, 2], [1.0])]
+    for session in (*wrong_sessions, {"unshown": "zz"}, {"unshown": "00" * 9}, {"unshown": 1}):
         checkpoint_file.save(tmp_path / "wrong", tensors, {"session": header["session"] | session})
         with pytest.raises(UserError, match="damaged"):
             StreamCache.load(tmp_path / "wrong", model, "hash")
     state = tensors["kept.0.value"]
-    for wrong in (state[:0], torch.zeros(10**12, 0), state[0, 0, 0, 0], state[:, :-1], state.double()):
+    for wrong in (
+        state[:0],
+        torch.zeros(10**12, 0),
+        state[0, 0, 0, 0],
+        state[:, :-1],
+        state.double(),
+        state * math.nan,
+        state.repeat(2, 1, 1, 1),
+    ):
         checkpoint_file.save(tmp_path / "wrong", tensors | {"kept.0.value": wrong.clone()}, {"session": header["session"]})
         with pytest.raises(UserError, match="damaged"):
             StreamCache.load(tmp_path / "wrong", model, "hash")
