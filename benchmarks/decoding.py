@@ -166,7 +166,7 @@ def filled(model, cache, n, batch=1):
         for layer in range(config.n_layer):
             keys = numbers(config.head_size) if config.attention == "dot" else numbers().sigmoid()
             values = numbers(config.head_size)
-            cache.attend(layer, lambda *inputs: inputs[2])(keys, keys, values, config.temperature, None, None)
+            cache.attend(layer, lambda *inputs, **_: inputs[2])(keys, keys, values, config.temperature, None, None)
         cache.length += T
     return cache
 

@@ -1,4 +1,4 @@
-"""bench.py decode --device=cuda, on the CPU with a small model and the caches of a GPU."""
+"""bench.py decode with a small model; with --device=cuda too, on the CPU with the caches of a GPU."""
 
 import json
 from types import SimpleNamespace
@@ -12,13 +12,29 @@ from benchmarks import report
 from model import ModelConfig, Tauformer
 
 
-def test_decoding_of_batches(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def small(tmp_path, monkeypatch):
     sizes = dict(block_size=64, vocab_size=50, n_layer=1, n_head=2, n_embd=32)
-    monkeypatch.setattr(bench, "published_model", lambda attention: Tauformer(ModelConfig(attention=attention, **sizes), torch.eye(16)))
+    model = lambda attention: Tauformer(ModelConfig(attention=attention, **sizes), torch.eye(16)).eval()
+    monkeypatch.setattr(bench, "published_model", model)
+    monkeypatch.setattr(report, "place", lambda name: tmp_path / name)
+    monkeypatch.setattr(bench, "place", lambda name: tmp_path / name)
+
+
+def test_decoding(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "LONG_CONTEXTS", (300, 600))
+    monkeypatch.setattr(bench, "in_own_process", lambda function, contexts: function(contexts))
+    bench.bench_decode(SimpleNamespace(device="cpu", repeats=1, longest=600))
+    rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
+    kinds = ("dot, (K, V)", "tau, dense", "tau, exact", "tau, stream")
+    assert [(row["kind"], row["context"]) for row in rows if row["table"] == "long context"] == [(k, n) for n in (300, 600) for k in kinds]
+    assert all(0 < row["p50_ms"] <= row["p95_ms"] and row["cache_mb"] > 0 for row in rows) and (tmp_path / "decode.png").exists()
+
+
+def test_decoding_of_batches(small, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(decoding.cache, "not_compiled", lambda: "as on a GPU")
     monkeypatch.setattr(bench, "BATCHES", (1, 3))
     monkeypatch.setattr(bench, "BATCH_CONTEXTS", (300, 1024, 2048))
-    monkeypatch.setattr(report, "place", lambda name: tmp_path / name)
     for n in (0, 1, 300):
         model = bench.published_model("tau")
         assert bench.filled(model, decoding.cache.StreamCache(model.config), n).length == n
