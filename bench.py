@@ -5,6 +5,7 @@ build of a Laplacian.
     python bench.py train_step --nanogpt=DIR      # the 30M model, and nanoGPT's from a checkout of it
     python bench.py decode                        # the 30M model, a token after 128 to 131,072 others; --device=cuda: batches of 1, 16
     python bench.py context --runs OUT_DIR ...    # the loss up to 8 times the trained context, by cache (runs/context.sh)
+    python bench.py matches --runs OUT_DIR ...    # what recall heads attend to
     python bench.py curves                        # 200 steps of the quick start, by every implementation
     python bench.py precision                     # the quick start with lambda in float32 and in bfloat16
     python bench.py laplacian                     # the build of a Laplacian, 2,000 to 320,272 rows
@@ -22,6 +23,7 @@ BENCHMARKS = {
     "train_step": "training",
     "decode": "decoding",
     "context": "decoding",
+    "matches": "recall",
     "curves": "accuracy",
     "precision": "accuracy",
     "laplacian": "laplacian",
@@ -45,7 +47,7 @@ def main():
     step.add_argument("--nanogpt", metavar="DIR", help="a checkout of nanoGPT to measure too")
     step.add_argument("--compile", action="store_true", help="torch.compile every model")
     step.add_argument("--steps", type=int, default=3, help="steps of a run (default: %(default)s)")
-    context = options.add_argument_group("context")
+    context = options.add_argument_group("context, matches")
     context.add_argument("--runs", nargs="+", metavar="OUT_DIR", help="trained models")
     context.add_argument("--data_dir", metavar="DIR", help="the corpus they were trained on")
     laplacian = options.add_argument_group("laplacian")

@@ -187,22 +187,29 @@ def draw_decode(rows):
         figure.savefig(temporary, format="png", dpi=110)
 
 
-@torch.no_grad()
-def bench_context(args):
-    """Loss of trained models on at least 50,000 tokens of validation text, in windows 8 times as long as those they were trained on,
-    by the position in the window and by cache; and, in `windows`, in windows of the trained length, each half a window after the one
-    before it, of whose tokens the last half counts (of the first one all)."""
+def trained_models(args):
+    """(OUT_DIR, model, corpus) of each of --runs."""
     if not args.runs or not args.data_dir:
-        raise UserError("context: name trained models with --runs OUT_DIR ..., and their text with --data_dir")
-    corpus, rows = Corpus(args.data_dir), []
+        raise UserError(f"{args.what}: name trained models with --runs OUT_DIR ..., and their text with --data_dir")
+    corpus = Corpus(args.data_dir)
     for out_dir in args.runs:
         path = checkpoint.find(out_dir)
         model = checkpoint.build_model(*checkpoint.read(path), path).eval()
         if model.config.vocab_size != corpus.vocab_size:
             raise UserError(
-                f"{out_dir}: context is for the text that a model was trained on; this is one of {model.config.vocab_size:,} tokens, "
+                f"{out_dir}: {args.what} is for the text that a model was trained on; this is one of {model.config.vocab_size:,} tokens, "
                 f"{args.data_dir} has {corpus.vocab_size:,}"
             )
+        yield out_dir, model, corpus
+
+
+@torch.no_grad()
+def bench_context(args):
+    """Loss of trained models on at least 50,000 tokens of validation text, in windows 8 times as long as those they were trained on,
+    by the position in the window and by cache; and, in `windows`, in windows of the trained length, each half a window after the one
+    before it, of whose tokens the last half counts (of the first one all)."""
+    rows = []
+    for out_dir, model, corpus in trained_models(args):
         T = model.config.block_size
         if len(corpus.val) <= SCORED + 8 * T:
             raise UserError(
