@@ -125,20 +125,20 @@ def generate_many(
     error, if that is a terminal. Raises UserError for an argument that is out of range and for a character that the tokenizer lacks."""
     from decoding.generate import decode_n_tokens
 
+    session = None if isinstance(cache, str) else cache
     ranged = dict(max_new_tokens=max_new_tokens, num_samples=num_samples, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    check_ranges(ranged | dict(stop=stop) | (dict(cache=cache) if isinstance(cache, str) else {}))
+    check_ranges(ranged | dict(stop=stop) | ({} if session else dict(cache=cache)))
     if isinstance(prompts, str):
         raise UserError(f"prompts={prompts!r} must be a list of texts; generate() takes one")
     if not prompts:
         return []
     tokens = [tokenizer.encode(prompt) for prompt in prompts]
-    if isinstance(cache, str) or not cache.pending:
+    if not session or not session.pending:
         tokens = [prompt or [0 if tokenizer.end_token is None else tokenizer.end_token] for prompt in tokens]
     if cache in ("exact", "none") and (longest := max(map(len, tokens))) > model.config.block_size:
         read = model.config.block_size
         print(f"a prompt has {longest:,} tokens: the last {read:,}, the context, are read (--cache=stream reads all)", file=sys.stderr)
     rows = [(prompt, seed + number) for prompt in tokens for number in range(num_samples)]
-    session = None if isinstance(cache, str) else cache
     texts = [Text(tokenizer, stop, session.unshown if session and prompts == [""] else b"") for _ in rows]
     pieces = [[] for _ in rows]
     end = {tokenizer.end_token} if stop and tokenizer.end_token is not None else ()

@@ -24,16 +24,16 @@ def bench_matches(args):
             raise UserError(f"{out_dir} has no recall heads of tau attention")
         if len(corpus.val) < WINDOWS * T:
             raise UserError(f"{args.data_dir}: {len(corpus.val):,} tokens of validation are fewer than {WINDOWS} windows of {T}")
-        idx = torch.from_numpy(corpus.val[: WINDOWS * T].astype(np.int64)).view(WINDOWS, T)
+        idx = torch.from_numpy(corpus.batch(np.arange(WINDOWS) * T, T - 1, "val"))
         with model.recording() as seen:
             model(idx)
         one, two = follows(idx)
+        there = one.any(-1)
         for layer, (_, _, *arguments) in enumerate(seen):
             weights = attention_weights(*arguments)[:, -config.recall_heads :]
             heaviest = weights.argmax(-1, keepdim=True)
             for head, temperature in enumerate(arguments[2][-config.recall_heads :].tolist()):
                 found = [same.gather(-1, heaviest[:, head])[..., 0][same.any(-1)].double().mean().item() for same in (one, two)]
-                there = one.any(-1)
                 found.append((weights[:, head] * one).sum(-1)[there].mean().item())
                 found.append(1 - weights[:, head].sum(-1)[~there].mean().item())
                 rows.append({"run": str(out_dir), "layer": layer, "head": head, "temperature": temperature} | dict(zip(COLUMNS, found)))

@@ -207,7 +207,7 @@ class StreamCache(Cache):
         self.unshown = b""  # the first bytes of a character of which the sample has not had the others yet
 
     def rows(self, cells, D):
-        """How many rows each head of a layer keeps besides the RECENT ones. cells (H,) float64."""
+        """How many rows each head of a layer keeps besides the RECENT ones. cells (H,)."""
         room = self.STATE_BYTES / (self.config.n_layer * len(cells) * 4 * (D + 2)) - RECENT
         return max(1, int(min(room, cells.max())))
 
@@ -224,7 +224,7 @@ class StreamCache(Cache):
             temperature = torch.as_tensor(temperature, dtype=fine, device=v.device).expand(H).contiguous()
             cells = (self.CELLS / temperature).ceil()
             if (layer, "place") not in self.kept:
-                N = self.rows(cells.cpu().double(), D) + RECENT
+                N = self.rows(cells, D) + RECENT
                 self.kept[layer, "place"] = v.new_full((B, H, N), NOWHERE, dtype=torch.float32)
                 self.kept[layer, "weight"] = v.new_full((B, H, N), -math.inf, dtype=torch.float32)
                 self.kept[layer, "value"] = v.new_zeros(B, H, N, D, dtype=torch.float32)

@@ -59,6 +59,22 @@ struct Sum {
   }
 };
 
+// Puts the rows of several arrays in the order of n keys.
+struct Sorting {
+  std::vector<int64_t> order;
+  std::vector<float> moved;
+
+  Sorting(const float* key, int64_t n, int64_t widest) : order(n), moved(n * widest) {
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return key[i] < key[j]; });
+  }
+  void operator()(float* x, int64_t width) {
+    const int64_t n = order.size();
+    for (int64_t i = 0; i < n; i++) std::copy_n(x + order[i] * width, width, moved.data() + i * width);
+    std::copy_n(moved.data(), n * width, x);
+  }
+};
+
 // The data of one head in a contiguous cache tensor (B, heads, ...).
 template <typename T>
 T* of(const at::Tensor& x, int64_t b, int64_t h) {
@@ -71,17 +87,11 @@ void seal(at::Tensor lambda_k, at::Tensor weight, at::Tensor v, at::Tensor sums,
           int64_t start, int64_t stop) {
   const int64_t B = v.size(0), Hkv = v.size(1), H = weight.size(1), D = v.size(3), n = stop - start, heads = H / Hkv;
   at::parallel_for(0, B * Hkv, 1, [&](int64_t first, int64_t last) {
-    std::vector<int64_t> order(n);
-    std::vector<float> moved(n * D), row(D + 1);
+    std::vector<float> row(D + 1);
     for (int64_t g = first; g < last; g++) {
       const int64_t b = g / Hkv, k = g % Hkv;
       float *lambda = of<float>(lambda_k, b, k) + start, *values = of<float>(v, b, k) + start * D;
-      std::iota(order.begin(), order.end(), 0);
-      std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return lambda[i] < lambda[j]; });
-      auto sorted = [&](float* x, int64_t width) {
-        for (int64_t i = 0; i < n; i++) std::copy_n(x + order[i] * width, width, moved.data() + i * width);
-        std::copy_n(moved.data(), n * width, x);
-      };
+      Sorting sorted(lambda, n, D);
       sorted(values, D);
       for (int64_t h = k * heads; h < (k + 1) * heads; h++) sorted(of<float>(weight, b, h) + start, 1);
       sorted(lambda, 1);
@@ -170,18 +180,6 @@ struct Rows {
   float *place, *weight, *value;
   int64_t count, D;
 
-  void sort() {
-    std::vector<int64_t> order(count);
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return place[i] < place[j]; });
-    std::vector<float> moved(count * D);
-    auto permute = [&](float* x, int64_t width) {
-      for (int64_t i = 0; i < count; i++) std::copy_n(x + order[i] * width, width, moved.data() + i * width);
-      std::copy_n(moved.data(), count * width, x);
-    };
-    permute(place, 1), permute(weight, 1), permute(value, D);
-  }
-
   // Makes one row of each row i for which apart(i) is false and of those before it down to the last that is apart.
   template <typename F>
   void join(F apart) {
@@ -207,7 +205,8 @@ struct Rows {
 
   // Joins rows until at most N are left: those of one cell, then those that will be missed least.
   void compress(int64_t N, double cells, double temperature) {
-    sort();
+    Sorting sorted(place, count, D);
+    sorted(place, 1), sorted(weight, 1), sorted(value, D);
     std::vector<double> cell(count);
     for (int64_t i = 0; i < count; i++) cell[i] = std::min(std::floor(place[i] * cells), cells - 1) + (weight[i] == -INFINITY);
     join([&](int64_t i) { return cell[i] != cell[i - 1]; });

@@ -8,9 +8,9 @@ from test_model import ALL, random_laplacian
 
 from common import UserError
 from data import checkpoint_file
-from decoding.cache import BLOCK, SEGMENT, Cache, ExactCache, StreamCache, grown, segments
+from decoding.cache import BLOCK, SEGMENT, Cache, ExactCache, StreamCache, decode, grown, segments
 from decoding.generate import decode_n_tokens
-from decoding.stream import RECENT, stream
+from decoding.stream import NOWHERE, RECENT, stream
 from model import ModelConfig, Tauformer, energy
 from ops.attention import tau_attention
 
@@ -170,7 +170,7 @@ def test_streams_state_does_not_grow_and_keeps_its_cap(monkeypatch):
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_stream_is_the_same_in_plain_torch(form, tmp_path):
-    """And a session that was begun with one goes on with the other."""
+    """And a session that was begun with one goes on with the other; so are single steps with biases of 50 and 90, and with a sink."""
     model, idx = model_and_tokens(400, **form)
     compiled, plain = StreamCache(model.config), StreamCache(model.config)
     plain.step, plain.energy = stream, energy
@@ -184,6 +184,25 @@ def test_stream_is_the_same_in_plain_torch(form, tmp_path):
                 compiled = StreamCache.load(tmp_path / "other", model, "hash")
                 plain = StreamCache.load(tmp_path / "session", model, "hash")
                 plain.step, plain.energy = stream, energy
+    rows = 6 + RECENT
+    full = lambda *shape, x, dtype=torch.float32: torch.full((1, 2, *shape), x, dtype=dtype)
+    state = full(rows, x=NOWHERE), full(rows, x=-math.inf), full(rows, 8, x=0.0), full(x=0.0, dtype=torch.float64)
+    other = tuple(x.clone() for x in state)
+    for step, bias in enumerate(4 * (0.0, 50.0, -3.0, 90.0)):
+        tokens = torch.rand(1, 2, 3), torch.rand(1, 1, 3), torch.randn(1, 1, 3, 8), -torch.rand(1, 2, 3).double()
+        tokens += torch.tensor([[[0, bias, 1]]]).double(), torch.tensor([0.3, 0.1]).double(), torch.tensor([4.0, 10.0]).double()
+        sink = torch.tensor([-1.0, 30.0]).double() if bias else None
+        outs = decode().stream(*tokens, *state, sink, 3 * step), stream(*tokens, *other, sink, 3 * step)
+        torch.testing.assert_close(*outs, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_are_as_many_as_cells_or_as_there_is_room_for():
+    cache = StreamCache(stream_config())
+    cache.STATE_BYTES = 4 * 10 * 2 * (100 + RECENT)  # 100 rows a head
+    for cells, rows in (([32, 16], 32), ([32, 1e9], 100), ([100, 101], 100), ([1, 1], 1)):
+        assert cache.rows(torch.tensor(cells, dtype=torch.float64), 8) == rows
+    cache.STATE_BYTES = 1
+    assert cache.rows(torch.tensor([32.0, 32.0], dtype=torch.float64), 8) == 1
 
 
 def test_a_stream_of_another_model_is_refused(tmp_path):
