@@ -32,7 +32,7 @@ INIT_STD = 0.02
 # Where recall heads start: their matrix; for tau the temperature, and the logit of a key of value 0; for dot the sharpness of the logits;
 RECALL_STD, RECALL_TEMPERATURE, RECALL_SINK, RECALL_SHARPNESS = 1.0, 1e-4, -4.0, 3.0
 RECALL_HOLD = {"tau": -6.0, "dot": -1.0}  # and the logit of what a vector keeps of the one before;
-RECALL_WARM = 0.1, -1.0  # for tau, temperature and that logit of the last one, which learns what is to be passed over: see recalled();
+RECALL_WARM = 0.1, -1.0  # for tau, temperature and that logit of the last one, which learns what is to be passed over: see Recall;
 RECALL_SLOPE = 2**-12  # and what a step back costs them: they are to see far
 
 
@@ -144,6 +144,45 @@ class Seen(NamedTuple):
     sink: torch.Tensor | None
 
 
+def starts_warm(config):
+    """Whether one recall key/value head of each layer, the last, starts warm."""
+    return config.attention == "tau" and config.learn_temperature and config.recall_kv_heads > 1
+
+
+class Recall(nn.Module):
+    """The queries and keys of recall heads, of all layers at once, for they are made of the tokens alone: running means
+
+    kbar_t = r_t kbar_(t-1) + (1 - r_t) k_t
+
+    of a projection k, with a gate r of the token. At token t, kbar_t is the query and kbar_(t-1) the key, so that a query finds the values
+    of what followed tokens like its own. With a small r, the energy of kbar is a number whose leading digits are the token's, and further
+    ones those of the tokens before it, so that the nearest lambda is that of the longest common suffix; an r near 1 passes a token over.
+    No gradient tells r to grow where lambdas are farther apart than a few temperatures: one head starts warm."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, heads = config, config.n_layer * config.recall_kv_heads
+        self.key = nn.Linear(config.n_embd, heads * config.head_size, bias=False)
+        self.hold = nn.Linear(config.n_embd, heads)
+        nn.init.constant_(self.hold.bias, RECALL_HOLD[config.attention])
+        if starts_warm(config):
+            nn.init.constant_(self.hold.bias.view(config.n_layer, -1)[:, -1], RECALL_WARM[1])
+
+    def forward(self, tokens, cache):
+        """tokens (B, T, C), normed -> n_layer tensors (B, group + 1, T, recall_kv_heads, D), as Attention.projections() takes them."""
+        config = self.config
+        with without_autocast(tokens):  # equal tokens are to be equal to the last bit
+            k = norm(self.key(tokens).unflatten(-1, (-1, config.head_size)))
+            r = self.hold(tokens).sigmoid()[..., None]
+            before = None if cache is None else cache.last.get((0, "recalled"))
+            before = torch.zeros_like(k[:, :1]) if before is None else before
+            kbar = recurrence(F.pad(r, (0, 0, 0, 0, 1, 0)), torch.cat([before, (1 - r) * k], 1))  # from the token before on
+        if cache is not None:
+            cache.last[0, "recalled"] = kbar[:, -1:].clone()
+        queries = kbar[:, None, 1:].expand(-1, config.n_head // config.n_kv_head, -1, -1, -1)
+        return torch.cat([queries, kbar[:, None, :-1]], 1).chunk(config.n_layer, 3)
+
+
 class Attention(nn.Module):
     """As published, with all switches off:
 
@@ -159,12 +198,8 @@ class Attention(nn.Module):
         far_kv = Hkv - config.local_kv_heads  # key/value heads that are not local
         self.query = nn.Linear(C, (H - config.recall_heads) * D, bias=False)
         self.key = nn.Linear(C, (Hkv - config.recall_kv_heads) * D, bias=False)
-        if config.recall_heads:
-            self.recall = nn.Linear(C, config.recall_kv_heads * D, bias=False)
-            self.hold = nn.Linear(C, config.recall_kv_heads)
-            nn.init.constant_(self.hold.bias, RECALL_HOLD[config.attention])
-            if config.attention == "tau":
-                self.sink = nn.Parameter(torch.full((config.recall_heads,), RECALL_SINK))
+        if config.recall_heads and config.attention == "tau":
+            self.sink = nn.Parameter(torch.full((config.recall_heads,), RECALL_SINK))
         self.value = nn.Linear(C, Hkv * D, bias=False)
         self.out = nn.Linear(H * D, C, bias=False)
         if config.attention == "tau":
@@ -179,9 +214,8 @@ class Attention(nn.Module):
         log_sharpness[H - config.recall_heads :] = math.log(
             config.temperature / RECALL_TEMPERATURE if config.attention == "tau" else RECALL_SHARPNESS
         )
-        if config.attention == "tau" and config.learn_temperature and config.recall_kv_heads > 1:
+        if starts_warm(config):
             log_sharpness[-(H // Hkv) :] = math.log(config.temperature / RECALL_WARM[0])
-            nn.init.constant_(self.hold.bias[-1:], RECALL_WARM[1])
         if config.learn_temperature:
             self.log_sharpness = nn.Parameter(log_sharpness)
         elif config.recall_heads:
@@ -202,9 +236,9 @@ class Attention(nn.Module):
         if config.output_gate:
             self.gate = nn.Linear(C, H * D, bias=False)
 
-    def projections(self, x, rotary, cache, tokens):
+    def projections(self, x, rotary, cache, recalled):
         """(qk, v) of x (B, T, C): qk (B, group + 1, T, Hkv, D) holds for each key head the queries that read it and then
-        its keys, rotated and normed; v (B, Hkv, T, D) holds the values. Those of recall heads are one vector, made of the token alone."""
+        its keys, rotated and normed, those of recall heads as they are given; v (B, Hkv, T, D) holds the values."""
         config = self.config
         projected = [self.query(x), self.key(x), self.value(x)]
         if config.conv:
@@ -221,8 +255,7 @@ class Attention(nn.Module):
         elif rotated:
             qk = torch.cat([rope(qk[..., :rotated, :], rotary), qk[..., rotated:, :]], -2)
         if config.recall_heads:
-            recalled = self.recalled(tokens, cache)[:, None]
-            qk = torch.cat([qk.to(recalled.dtype), recalled.expand(-1, qk.size(1), -1, -1, -1)], 3)
+            qk = torch.cat([qk.to(recalled.dtype), recalled], 3)
         return norm(qk), v.transpose(1, 2)
 
     def energies(self, qk, laplacian, cache):
@@ -231,19 +264,6 @@ class Attention(nn.Module):
         if self.config.spectral_filter:
             return filtered_energy(x, laplacian, self.log_filter.view(len(laplacian), -1)).view(qk.shape[:-1])
         return (energy if cache is None else cache.energy)(x, laplacian).view(qk.shape[:-1])
-
-    def recalled(self, tokens, cache):
-        """The vectors (B, T, recall_kv_heads, D) of the recall heads: running means kbar_t = r_t kbar_(t-1) + (1 - r_t) k_t of a projection
-        k of the tokens, with a gate r of the token. With a small r, the energy of kbar is a number whose leading digits are the token's,
-        and further ones those of the tokens before it, so that the nearest lambda is that of the longest common suffix; an r near 1
-        passes a token over. No gradient tells r to grow where lambdas are farther apart than a few temperatures: one head starts warm."""
-        with without_autocast(tokens):  # equal tokens are to be equal to the last bit
-            k = norm(self.recall(tokens).unflatten(-1, (-1, self.config.head_size)))
-            r = self.hold(tokens).sigmoid()[..., None]
-            k = recurrence(r, (1 - r) * k, None if cache is None else cache.last.get((self.layer, "recalled")))
-        if cache is not None:
-            cache.last[self.layer, "recalled"] = k[:, -1:].clone()
-        return k
 
     def lambdas(self, E):
         return bounded(E, self.log_tau.exp())
@@ -274,17 +294,10 @@ class Attention(nn.Module):
             past = {name: None if x is None else cache.recent(self.layer, name, x, window - 1, 2) for name, x in past.items()}
         return window_attention(q, *past.values(), window, DOT_SCALE * sharpness), *others
 
-    def moved_on(self, keys, cache):
-        """keys (B, Hkv, T, ...) with those of the recall heads one token later; the first token's are 0."""
-        others, keys = keys.tensor_split([-self.config.recall_kv_heads], 1)
-        past = keys if cache is None else cache.recent(self.layer, "recall keys", keys, 1, 2)
-        past = torch.cat([torch.zeros_like(keys[:, :, :1]), past], 2)[:, :, -1 - keys.size(2) : -1]
-        return torch.cat([others, past], 1)
-
-    def forward(self, x, rotary, laplacian, cache, tokens=None):
-        """x (B, T, C), the block's input, normed; tokens (B, T, C), the tokens' embeddings, normed and detached, for recall heads."""
+    def forward(self, x, rotary, laplacian, cache, recalled=None):
+        """x (B, T, C), the block's input, normed; recalled (B, group + 1, T, recall_kv_heads, D): see Recall."""
         config = self.config
-        qk, v = self.projections(x, rotary, cache, tokens)
+        qk, v = self.projections(x, rotary, cache, recalled)
         sharpness, log_decay, key_bias = self.switches(x)
         if config.local_heads:
             near, qk, v, sharpness, log_decay, key_bias = self.local(qk, v, sharpness, log_decay, key_bias, cache)
@@ -296,10 +309,8 @@ class Attention(nn.Module):
             queries, keys = queries_keys(qk)  # (B, H, T, D), (B, Hkv, T, D)
             scale = DOT_SCALE * sharpness
         more = {}
-        if config.recall_heads:
-            keys = self.moved_on(keys, cache)
-            if config.attention == "tau":  # where no key matches, nothing is to be recalled
-                more["sink"] = F.pad(self.sink, (queries.size(1) - config.recall_heads, 0), value=-math.inf)
+        if config.recall_heads and config.attention == "tau":  # where no key matches, nothing is to be recalled
+            more["sink"] = F.pad(self.sink, (queries.size(1) - config.recall_heads, 0), value=-math.inf)
         if config.attention == "tau" and self.seen is not None:
             E_q, E_k = (e.transpose(1, 2) for e in queries_keys(E.detach()))
             self.seen.append(Seen(E_q, E_k, queries, keys, scale, log_decay, key_bias, more.get("sink")))
@@ -350,6 +361,7 @@ class Tauformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.recall = Recall(config) if config.recall_heads else None
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         for name, buffer in zip(("cos", "sin"), rotary_angles(config, 0, config.block_size)):
             self.register_buffer(name, buffer, persistent=False)
@@ -369,7 +381,7 @@ class Tauformer(nn.Module):
             if weight.ndim == 2 and not name.endswith("taps"):
                 residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
                 std = INIT_STD / math.sqrt(2 * self.config.n_layer) if residual else INIT_STD
-                nn.init.normal_(weight, std=RECALL_STD if name.endswith("recall.weight") else std)
+                nn.init.normal_(weight, std=RECALL_STD if name == "recall.key.weight" else std)
 
     def rotary(self, start, stop):
         if stop <= self.config.block_size:
@@ -386,11 +398,11 @@ class Tauformer(nn.Module):
         if cache is None and stop > self.config.block_size:
             raise ValueError(f"{stop} tokens are more than {self.config.block_size}")
         x = self.embedding(idx)  # (B, T, C)
-        tokens = norm(x.detach()) if self.config.recall_heads else None
+        recalled = [None] * len(self.blocks) if self.recall is None else self.recall(norm(x.detach()), cache)
         x = self.dropout(x)
         rotary = self.rotary(start, stop)
-        for block in self.blocks:
-            x = block(x, rotary, self.laplacian, cache, tokens)
+        for block, vectors in zip(self.blocks, recalled, strict=True):
+            x = block(x, rotary, self.laplacian, cache, vectors)
         if cache is not None:
             cache.length = stop
         x = norm(x)

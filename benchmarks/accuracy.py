@@ -84,15 +84,21 @@ def as_tf32(x):
     return x + (nearest - x).detach()
 
 
-def round_lambdas(attention, dtype):
+def round_lambdas(model, dtype):
     """Round the factors of the products that energies are made of: to TF32, or to bfloat16, and then the energies and the lambdas too.
     Sums stay float32, as in a GPU's products."""
-    energies, lambdas, rounded = attention.energies, attention.lambdas, {"tf32": as_tf32, "bfloat16": as_bfloat16}[dtype]
+    rounded = {"tf32": as_tf32, "bfloat16": as_bfloat16}[dtype]
     result = rounded if dtype == "bfloat16" else lambda x: x
-    attention.energies = lambda qk, laplacian, cache: result(energies(rounded(qk), rounded(laplacian), cache))
-    attention.lambdas = lambda E: result(lambdas(E))
-    recall = attention.recall
-    recall.forward = lambda tokens: F.linear(rounded(tokens), rounded(recall.weight))
+
+    def round_of(attention):
+        energies, lambdas = attention.energies, attention.lambdas
+        attention.energies = lambda qk, laplacian, cache: result(energies(rounded(qk), rounded(laplacian), cache))
+        attention.lambdas = lambda E: result(lambdas(E))
+
+    for block in model.blocks:
+        round_of(block.attention)
+    key = model.recall.key
+    key.forward = lambda tokens: F.linear(rounded(tokens), rounded(key.weight))
 
 
 def quickstart(dtype, seed, threads):
@@ -108,8 +114,7 @@ def quickstart(dtype, seed, threads):
         settings.laplacian = f"{settings.data_dir}/laplacian.parquet"
         run = start(settings, dict.fromkeys(values, "benchmark"))
         if dtype != "float32":
-            for block in run.raw_model.blocks:
-                round_lambdas(block.attention, dtype)
+            round_lambdas(run.raw_model, dtype)
             taumode.calibrate(run.raw_model, step_batches(run), settings)
         train(run, Signals())
         metrics = [json.loads(line) for line in run.logs[0].read_text().splitlines()]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from benchmarks import training
 from benchmarks.report import HEAD_SIZE, HEADS, LAYERS, VOCABULARY, WIDTH, in_own_process, place, resident_mb, write
 from common import UserError, first_line, replacing
 from data.corpus import Corpus
@@ -21,6 +22,7 @@ from training import checkpoint
 SCORED = 50000  # tokens
 KINDS = ("plain", "exact", "stream", "windows")
 LONG_CONTEXTS = (2**10, 2**12, 2**14, 2**16, 2**17)
+BEST_FORMS, BEST_CONTEXT = ("dot_30m_best.toml", "tau_30m_best.toml"), 2**12
 BATCHES, BATCH_CONTEXTS = (1, 16), (2**10, 2**14, 2**16, 2**17)  # on a GPU
 
 
@@ -33,6 +35,13 @@ def published_model(attention):
             laplacian if attention == "tau" else None,
         ).eval()
     )
+
+
+def best_models():
+    """The best forms of the twin and of tau, and tau's without its recall heads."""
+    dot, tau = BEST_FORMS
+    forms = {"dot best": (dot, {}), "tau best": (tau, {}), "tau best without recall heads": (tau, {"recall_heads": 0})}
+    return {name: for_decoding(training.model_of(*form, 2 * BEST_CONTEXT).eval()) for name, form in forms.items()}
 
 
 @torch.no_grad()
@@ -50,30 +59,30 @@ def stream_process_mb(contexts):
 
 def bench_decode(args):
     """One token at a time from each kind of cache in turn: after 1 to 1,024 tokens that it generated itself, as in the paper's table,
-    and after long contexts. Weights are random."""
+    and after long contexts; the best forms after one. Weights are random."""
     if args.device == "cuda":
         return bench_decode_batches(args)
     models = {attention: published_model(attention) for attention in ("tau", "dot")}
-    kinds = {
-        "dot, (K, V)": ("dot", Cache),
-        "tau, dense": ("tau", Cache),
-        "tau, exact": ("tau", ExactCache),
-        "tau, stream": ("tau", lambda config, length: StreamCache(config)),
+    streamed = lambda config, length: StreamCache(config)
+    published = {
+        "dot, (K, V)": (models["dot"], Cache),
+        "tau, dense": (models["tau"], Cache),
+        "tau, exact": (models["tau"], ExactCache),
+        "tau, stream": (models["tau"], streamed),
     }
+    dot, *taus = best_models().items()
+    best = {f"{dot[0]}, (K, V)": (dot[1], Cache)}
+    best |= {f"{name}, {cache}": (model, make) for name, model in taus for cache, make in (("exact", ExactCache), ("stream", streamed))}
     token = torch.zeros(1, 1, dtype=torch.long)
 
-    def measured(contexts, tokens):
+    def measured(kinds, contexts, tokens, fill=filled):
         """{(tokens before, kind): (seconds of each of `tokens` tokens, bytes of the cache at the end)}, one token of each in turn."""
-        caches = {
-            (n, kind): filled(models[attention], make(models[attention].config, n + tokens), n)
-            for n in contexts
-            for kind, (attention, make) in kinds.items()
-        }
+        caches = {(n, kind): fill(model, make(model.config, n + tokens), n) for n in contexts for kind, (model, make) in kinds.items()}
         times = {key: [] for key in caches}
         for _ in tqdm(range(tokens), desc=f"after {', '.join(f'{n:,}' for n in contexts)}", disable=None):
             for (n, kind), cache in caches.items():
                 start = time.perf_counter()
-                models[kinds[kind][0]](token, cache=cache)
+                kinds[kind][0](token, cache=cache)
                 times[n, kind].append(time.perf_counter() - start)
         return {key: (times[key], cache.nbytes()) for key, cache in caches.items()}
 
@@ -81,13 +90,15 @@ def bench_decode(args):
     process_mb = in_own_process(stream_process_mb, contexts) if sys.platform == "linux" else {}
     with torch.no_grad():
         for repeat in range(args.repeats):
-            for (_, kind), (times, size) in measured([0], 1024).items():
+            for (_, kind), (times, size) in measured(published, [0], 1024).items():
                 rows += [
                     {"table": "own tokens", "kind": kind, "context": n, "seconds": times[:n], "cache_mb": size / 1e6}
                     for n in (128, 256, 512, 1024)
                 ]
-            for (n, kind), (times, size) in measured(contexts, 40).items():
-                rows.append({"table": "long context", "kind": kind, "context": n, "seconds": times[8:], "cache_mb": size / 1e6})
+            long, of_best = measured(published, contexts, 40), measured(best, [BEST_CONTEXT], 200, after_tokens)
+            for table, found in (("long context", long), ("best forms", of_best)):
+                for (n, kind), (times, size) in found.items():
+                    rows.append({"table": table, "kind": kind, "context": n, "seconds": times[8:], "cache_mb": size / 1e6})
     results = []
     for table, kind, n in dict.fromkeys((row["table"], row["kind"], row["context"]) for row in rows):
         runs = [row for row in rows if (row["table"], row["kind"], row["context"]) == (table, kind, n)]
@@ -168,6 +179,13 @@ def filled(model, cache, n, batch=1):
             values = numbers(config.head_size)
             cache.attend(layer, lambda *inputs, **_: inputs[2])(keys, keys, values, config.temperature, None, None)
         cache.length += T
+    return cache
+
+
+def after_tokens(model, cache, n):
+    """The cache after n random tokens."""
+    for idx in torch.randint(model.config.vocab_size, (1, n)).split(PIECE if isinstance(cache, StreamCache) else n, 1):
+        model(idx, cache=cache, head=False)
     return cache
 
 

@@ -29,6 +29,13 @@ CONFIGS = {  # file, and settings in place of its own
 PEAK = 989e12  # operations a second of an H100 or H200 in bfloat16, without sparsity
 
 
+def model_of(file, instead, T):
+    """The model of a config, with other settings `instead` and contexts of T tokens; weights and Laplacian are random."""
+    settings = read_settings(ROOT / "configs" / file) | instead
+    config = ModelConfig(**{f.name: settings[f.name] for f in fields(ModelSettings) if f.name in settings} | {"block_size": T})
+    return Tauformer(config, torch.from_numpy(laplacian_of(random_distances(WIDTH, seed=0))))
+
+
 def train_step(contender, nanogpt, B, T, steps, compile, threads, device):
     """(seconds of a training step, median; peak memory in MB; weights in matrix products) of a 30M model, in a fresh process; on a GPU
     in bfloat16. Every model has its own optimiser's groups and kernel."""
@@ -44,10 +51,7 @@ def train_step(contender, nanogpt, B, T, steps, compile, threads, device):
         loss_of = lambda model, idx, targets: model(idx, targets)[1]
         optimizer = model.to(device).configure_optimizers(0.1, 1e-4, (0.9, 0.95), device)
     else:
-        file, instead = CONFIGS[contender]
-        settings = read_settings(ROOT / "configs" / file) | instead
-        config = ModelConfig(**{f.name: settings[f.name] for f in fields(ModelSettings) if f.name in settings} | {"block_size": T})
-        model = Tauformer(config, torch.from_numpy(laplacian_of(random_distances(WIDTH, seed=0))))
+        model = model_of(*CONFIGS[contender], T)
         loss_of = lambda model, idx, targets: model(idx, targets)
         optimizer = optim.adamw(model.to(device), 1e-4, (0.9, 0.95), weight_decay=0.1)
     run = compiled(model) if compile else model

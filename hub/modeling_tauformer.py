@@ -195,9 +195,9 @@ def queries_keys(x):
 
 
 def recurrence(a, b, y):
-    """y_t = a_t y_(t-1) + b_t along dim 1 of a and b, one after the other, so that no result depends on where its token stands. y: the one
-    before the first token."""
-    steps = []
+    """y_t = a_t y_(t-1) + b_t along dim 1 of a and b, one after the other, so that no result depends on where its token stands; before
+    them y itself."""
+    steps = [y]
     for kept, new in zip(a.unbind(1), b.unbind(1)):
         y = kept * y + new
         steps.append(y)
@@ -225,6 +225,37 @@ def attend(logits, v, real, log_decay=None, key_bias=None, sink=None, window=Non
     return (weights.unflatten(1, (Hkv, -1)).flatten(2, 3) @ v.to(weights.dtype)).view(B, H, Tq, -1)
 
 
+class Recall(nn.Module):
+    """The queries and keys of recall heads, of all layers at once, for they are made of the tokens alone: running means
+
+    kbar_t = r_t kbar_(t-1) + (1 - r_t) k_t
+
+    of a projection k, with a gate r of the token. At token t, kbar_t is the query and kbar_(t-1) the key, so that a query finds the values
+    of what followed tokens like its own. With a small r, the energy of kbar is a number whose leading digits are the token's, and further
+    ones those of the tokens before it, so that the nearest lambda is that of the longest common suffix; an r near 1 passes a token over."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, heads = config, config.n_layer * config.recall_kv_heads
+        self.key = nn.Linear(config.n_embd, heads * config.head_size, bias=False)
+        self.hold = nn.Linear(config.n_embd, heads)
+
+    def forward(self, tokens, kept):
+        """tokens (B, T, C), normed -> n_layer tensors (B, group + 1, T, recall_kv_heads, D), as Attention.projections() takes them. kept:
+        the cache's first layer, or None."""
+        config = self.config
+        with without_autocast(tokens):  # equal tokens are to be equal to the last bit
+            k = norm(self.key(tokens).unflatten(-1, (-1, config.head_size)))
+            r = self.hold(tokens).float().sigmoid()[..., None]
+        none = torch.zeros_like(k[:, 0])
+        before = none if kept is None else kept.more.get("recalled", none)
+        kbar = recurrence(r, (1 - r) * k, before)  # from the token before on
+        if kept is not None:
+            kept.more["recalled"] = kbar[:, -1].clone()
+        queries = kbar[:, None, 1:].expand(-1, config.n_head // config.n_kv_head, -1, -1, -1)
+        return torch.cat([queries, kbar[:, None, :-1]], 1).chunk(config.n_layer, 3)
+
+
 class Attention(nn.Module):
     """As published, with all switches off:
 
@@ -239,11 +270,8 @@ class Attention(nn.Module):
         far_kv = Hkv - config.local_kv_heads  # key/value heads that are not local
         self.query = nn.Linear(C, (H - config.recall_heads) * D, bias=False)
         self.key = nn.Linear(C, (Hkv - config.recall_kv_heads) * D, bias=False)
-        if config.recall_heads:
-            self.recall = nn.Linear(C, config.recall_kv_heads * D, bias=False)
-            self.hold = nn.Linear(C, config.recall_kv_heads)
-            if config.attention == "tau":
-                self.sink = nn.Parameter(torch.zeros(config.recall_heads))
+        if config.recall_heads and config.attention == "tau":
+            self.sink = nn.Parameter(torch.zeros(config.recall_heads))
         self.value = nn.Linear(C, Hkv * D, bias=False)
         self.out = nn.Linear(H * D, C, bias=False)
         if config.attention == "tau":
@@ -267,9 +295,9 @@ class Attention(nn.Module):
         """A parameter if it is learned, else a number that is stored with the weights."""
         self.register_parameter(name, nn.Parameter(tensor)) if learned else self.register_buffer(name, tensor)
 
-    def projections(self, x, rotary, kept, tokens):
+    def projections(self, x, rotary, kept, recalled):
         """(qk, v) of x (B, T, C): qk (B, group + 1, T, Hkv, D) holds for each key head the queries that read it and then
-        its keys, rotated and normed; v (B, Hkv, T, D) holds the values. Those of recall heads are one vector, made of the token alone."""
+        its keys, rotated and normed, those of recall heads as they are given; v (B, Hkv, T, D) holds the values."""
         config = self.config
         projected = [self.query(x), self.key(x), self.value(x)]
         if config.conv:
@@ -283,8 +311,7 @@ class Attention(nn.Module):
         rotated = k.size(2) if config.tau_rope else config.local_kv_heads
         qk = torch.cat([rope(qk[..., :rotated, :], rotary), qk[..., rotated:, :]], -2)
         if config.recall_heads:
-            recalled = self.recalled(tokens, kept)[:, None]
-            qk = torch.cat([qk.to(recalled.dtype), recalled.expand(-1, qk.size(1), -1, -1, -1)], 3)
+            qk = torch.cat([qk.to(recalled.dtype), recalled], 3)
         return norm(qk), v.transpose(1, 2)
 
     def energies(self, qk, laplacian):
@@ -293,19 +320,6 @@ class Attention(nn.Module):
         if self.config.spectral_filter:
             return filtered_energy(x, laplacian, self.log_filter.view(len(laplacian), -1)).view(qk.shape[:-1])
         return energy(x, laplacian).view(qk.shape[:-1])
-
-    def recalled(self, tokens, kept):
-        """The vectors (B, T, recall_kv_heads, D) of the recall heads: running means kbar_t = r_t kbar_(t-1) + (1 - r_t) k_t of a projection
-        k of the tokens, with a gate r of the token. With a small r, the energy of kbar is a number whose leading digits are the token's,
-        and further ones those of the tokens before it, so that the nearest lambda is that of the longest common suffix; an r near 1
-        passes a token over."""
-        with without_autocast(tokens):  # equal tokens are to be equal to the last bit
-            k = norm(self.recall(tokens).unflatten(-1, (-1, self.config.head_size)))
-            r = self.hold(tokens).float().sigmoid()[..., None]
-        k = recurrence(r, (1 - r) * k, 0 if kept is None else kept.more.get("recalled", 0))
-        if kept is not None:
-            kept.more["recalled"] = k[:, -1].clone()
-        return k
 
     def switches(self, x):
         """What the switches do to the attention logits, from x (B, T, C): (sharpness (H,), log_decay (B, H, T), key_bias
@@ -336,18 +350,11 @@ class Attention(nn.Module):
         logits = dot_logits(q, k, sharpness)
         return attend(logits, v, real[:, real.size(1) - k.size(2) :], log_decay, key_bias, window=window), *others
 
-    def moved_on(self, keys, kept):
-        """keys (B, Hkv, T, ...) with those of the recall heads one token later; the first token's are 0."""
-        others, keys = keys.tensor_split([-self.config.recall_kv_heads], 1)
-        past = keys if kept is None else kept.recent("recall keys", keys, 2, 1)
-        past = torch.cat([torch.zeros_like(keys[:, :, :1]), past], 2)[:, :, -1 - keys.size(2) : -1]
-        return torch.cat([others, past], 1)
-
-    def forward(self, x, rotary, laplacian, real, cache, tokens):
-        """x (B, T, C), the block's input, normed, 0 for padding, and so is the result; real (B, T so far), False for padding; tokens
-        (B, T, C), the tokens' embeddings, normed and detached, for recall heads."""
+    def forward(self, x, rotary, laplacian, real, cache, recalled):
+        """x (B, T, C), the block's input, normed, 0 for padding, and so is the result; real (B, T so far), False for padding; recalled
+        (B, group + 1, T, recall_kv_heads, D): see Recall."""
         config, kept, near, sink = self.config, None if cache is None else cache.layers[self.layer], [], None
-        qk, v = self.projections(x, rotary, kept, tokens)
+        qk, v = self.projections(x, rotary, kept, recalled)
         sharpness, log_decay, key_bias = self.switches(x)
         if config.local_heads:
             out, qk, v, sharpness, log_decay, key_bias = self.local(qk, v, sharpness, log_decay, key_bias, real, kept)
@@ -357,10 +364,8 @@ class Attention(nn.Module):
             queries, keys = queries_keys(bounded(E, self.log_tau.exp())[..., None])  # (B, H, T, 1), (B, Hkv, T, 1)
         else:
             queries, keys = queries_keys(qk)  # (B, H, T, D), (B, Hkv, T, D)
-        if config.recall_heads:
-            keys = self.moved_on(keys, kept)
-            if config.attention == "tau":  # where no key matches, nothing is to be recalled
-                sink = F.pad(self.sink, (queries.size(1) - config.recall_heads, 0), value=-math.inf)
+        if config.recall_heads and config.attention == "tau":  # where no key matches, nothing is to be recalled
+            sink = F.pad(self.sink, (queries.size(1) - config.recall_heads, 0), value=-math.inf)
         if cache is not None:
             keys, v = cache.update(keys, v, self.layer)
             log_decay, key_bias = (
@@ -433,6 +438,7 @@ class TauformerForCausalLM(PreTrainedModel, GenerationMixin):
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.recall = Recall(config) if config.recall_heads else None
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         heads, D = config.n_kv_head - config.local_kv_heads, config.head_size
         # One per key head that is not local, reduced to the head's features; with spectral_filter its root, U diag(sqrt(eigenvalue))
@@ -483,10 +489,12 @@ class TauformerForCausalLM(PreTrainedModel, GenerationMixin):
 
         here = real[:, past:]
         x = self.embedding(input_ids.masked_fill(~here, 0)) * here[..., None]  # 0 for padding, and so is all that is made of it
-        tokens = norm(x.detach()).to(x.dtype) if self.config.recall_heads else None
+        recalled = [None] * len(self.blocks)
+        if self.recall is not None:
+            recalled = self.recall(norm(x.detach()).to(x.dtype), None if cache is None else cache.layers[0])
         x = self.dropout(x)
-        for block in self.blocks:
-            x = block(x, rotary, self.laplacian, real, cache, tokens)
+        for block, vectors in zip(self.blocks, recalled):
+            x = block(x, rotary, self.laplacian, real, cache, vectors)
         x = norm(slice_logits_to_keep(x, logits_to_keep)).to(x.dtype)
         logits = softcapped(self.head(x).float(), self.config.softcap)
         if labels is not None:  # a token after padding has none before it

@@ -144,7 +144,7 @@ def test_recall_heads_attend_to_what_followed(form):
         torch.testing.assert_close(keys[:, -2:, 1:], queries[:, -2:, :-1])
         assert keys[:, -2:, 0].eq(0).all() and not torch.allclose(keys[:, 0, 1:], queries[:, 0, :-1])
     x = torch.randn(2, 24, 32, requires_grad=True)
-    qk, _ = model.blocks[0].attention.projections(x, model.rotary(0, 24), None, torch.randn(2, 24, 32))
+    qk, _ = model.blocks[0].attention.projections(x, model.rotary(0, 24), None, model.recall(torch.randn(2, 24, 32), None)[0])
     of_recall = torch.autograd.grad(qk[..., 2:, :].square().mul(torch.randn(8)).sum(), x, retain_graph=True, allow_unused=True)[0]
     assert of_recall is None or of_recall.eq(0).all()
     assert torch.autograd.grad(qk[..., :2, :].square().mul(torch.randn(8)).sum(), x)[0].abs().max() > 0

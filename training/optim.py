@@ -7,7 +7,7 @@ import torch
 
 from training.processes import whole
 
-SHARP = ("recall.weight", "hold.weight", "hold.bias", "log_filter")  # names of what the lambdas of recall heads are made of
+SHARP = ("recall.key.weight", "hold.weight", "hold.bias", "log_filter")  # names of what the lambdas of recall heads are made of
 FAST, SPEED = ("log_sharpness", "hold.weight", "hold.bias"), 10.0  # of tau with recall heads: names, and times the learning rate
 NUMBERS = 2  # that the optimizer keeps per parameter
 

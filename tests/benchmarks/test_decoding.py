@@ -15,19 +15,26 @@ from model import ModelConfig, Tauformer
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     sizes = dict(block_size=64, vocab_size=50, n_layer=1, n_head=2, n_embd=32)
-    model = lambda attention: Tauformer(ModelConfig(attention=attention, **sizes), torch.eye(16)).eval()
+    model = lambda attention, **form: Tauformer(ModelConfig(attention=attention, **sizes, **form), torch.eye(16)).eval()
     monkeypatch.setattr(bench, "published_model", model)
+    monkeypatch.setattr(
+        bench.training, "model_of", lambda file, instead, T: model(file[:3], **dict(recall_heads=1, forget="gate") | instead)
+    )
     monkeypatch.setattr(report, "place", lambda name: tmp_path / name)
     monkeypatch.setattr(bench, "place", lambda name: tmp_path / name)
 
 
 def test_decoding(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "BEST_CONTEXT", 300)
     monkeypatch.setattr(bench, "LONG_CONTEXTS", (300, 600))
     monkeypatch.setattr(bench, "in_own_process", lambda function, contexts: function(contexts))
     bench.bench_decode(SimpleNamespace(device="cpu", repeats=1, longest=600))
     rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
     kinds = ("dot, (K, V)", "tau, dense", "tau, exact", "tau, stream")
     assert [(row["kind"], row["context"]) for row in rows if row["table"] == "long context"] == [(k, n) for n in (300, 600) for k in kinds]
+    names = "dot best, (K, V)", "tau best, exact", "tau best, stream"
+    names += tuple(f"tau best without recall heads, {cache}" for cache in ("exact", "stream"))
+    assert tuple((row["kind"], row["context"]) for row in rows if row["table"] == "best forms") == tuple((name, 300) for name in names)
     assert all(0 < row["p50_ms"] <= row["p95_ms"] and row["cache_mb"] > 0 for row in rows) and (tmp_path / "decode.png").exists()
 
 
