@@ -178,7 +178,7 @@ class Recall(nn.Module):
             before = torch.zeros_like(k[:, :1]) if before is None else before
             kbar = recurrence(F.pad(r, (0, 0, 0, 0, 1, 0)), torch.cat([before, (1 - r) * k], 1))  # from the token before on
         if cache is not None:
-            cache.last[0, "recalled"] = kbar[:, -1:].clone()
+            cache.keep((0, "recalled"), kbar[:, -1:])
         queries = kbar[:, None, 1:].expand(-1, config.n_head // config.n_kv_head, -1, -1, -1)
         return torch.cat([queries, kbar[:, None, :-1]], 1).chunk(config.n_layer, 3)
 
@@ -388,10 +388,10 @@ class Tauformer(nn.Module):
             return self.cos[start:stop], self.sin[start:stop]
         return [x.to(self.cos.device) for x in rotary_angles(self.config, start, stop)]
 
-    def forward(self, idx, targets=None, cache=None, head=True):
+    def forward(self, idx, targets=None, cache=None, head=True, rotary=None):
         """idx (B, T) int64 -> logits (B, T, V) float32; with targets (B, T) int64, the mean cross-entropy in nats, a
         float32 scalar; with head=False, the normed hidden states (B, T, C) that the head would read.
-        With a cache, idx continues the tokens in it and is added to it, beyond block_size too.
+        With a cache, idx continues the tokens in it and is added to it, beyond block_size too. rotary: of its positions, if not made here.
         Raises ValueError for more tokens than block_size without one."""
         start = cache.length if cache is not None else 0
         stop = start + idx.size(1)
@@ -400,7 +400,7 @@ class Tauformer(nn.Module):
         x = self.embedding(idx)  # (B, T, C)
         recalled = [None] * len(self.blocks) if self.recall is None else self.recall(norm(x.detach()), cache)
         x = self.dropout(x)
-        rotary = self.rotary(start, stop)
+        rotary = rotary or self.rotary(start, stop)
         for block, vectors in zip(self.blocks, recalled, strict=True):
             x = block(x, rotary, self.laplacian, cache, vectors)
         if cache is not None:

@@ -15,7 +15,8 @@ from common import UserError, first_line, replacing
 from data.corpus import Corpus
 from data.laplacian import laplacian_of
 from decoding.cache import Cache, ExactCache, StreamCache, make_cache
-from decoding.generate import PIECE, for_decoding
+from decoding.generate import PIECE, decoder, for_decoding
+from decoding.stream import RECENT
 from model import ModelConfig, Tauformer
 from training import checkpoint
 
@@ -23,6 +24,7 @@ SCORED = 50000  # tokens
 KINDS = ("plain", "exact", "stream", "windows")
 LONG_CONTEXTS = (2**10, 2**12, 2**14, 2**16, 2**17)
 BEST_FORMS, BEST_CONTEXT = ("dot_30m_best.toml", "tau_30m_best.toml"), 2**12
+WARM_UP = 2 * RECENT  # tokens of each cache on a GPU, in which a stream's CUDA graphs are made
 BATCHES, BATCH_CONTEXTS = (1, 16), (2**10, 2**14, 2**16, 2**17)  # on a GPU
 
 
@@ -73,13 +75,13 @@ def bench_decode(args):
     dot, *taus = best_models().items()
     best = {f"{dot[0]}, (K, V)": (dot[1], Cache)}
     best |= {f"{name}, {cache}": (model, make) for name, model in taus for cache, make in (("exact", ExactCache), ("stream", streamed))}
-    token = torch.zeros(1, 1, dtype=torch.long)
 
     def measured(kinds, contexts, tokens, fill=filled):
         """{(tokens before, kind): (seconds of each of `tokens` tokens, bytes of the cache at the end)}, one token of each in turn."""
         caches = {(n, kind): fill(model, make(model.config, n + tokens), n) for n in contexts for kind, (model, make) in kinds.items()}
         times = {key: [] for key in caches}
         for _ in tqdm(range(tokens), desc=f"after {', '.join(f'{n:,}' for n in contexts)}", disable=None):
+            token = torch.randint(models["tau"].config.vocab_size, (1, 1))
             for (n, kind), cache in caches.items():
                 start = time.perf_counter()
                 kinds[kind][0](token, cache=cache)
@@ -151,20 +153,21 @@ def decoding_of(model, name, batch, n, tokens):
     device, ms = model.head.weight.device, []
     on_gpu = device.type == "cuda"
     before = torch.cuda.memory_allocated() if on_gpu else 0
-    cache = filled(model, make_cache(name, model.config, device, n + tokens + 8), n, batch)
+    cache = filled(model, make_cache(name, model.config, device, n + tokens + WARM_UP), n, batch)
+    decode = decoder(model, cache)
     token = torch.zeros(batch, 1, dtype=torch.long, device=device)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    for _ in range(8 + tokens):
+    for _ in range(WARM_UP + tokens):
         if on_gpu:
             torch.cuda.synchronize()
         start = time.perf_counter()
-        model(token, cache=cache)
+        decode(token)
         if on_gpu:
             torch.cuda.synchronize()
         ms.append(1e3 * (time.perf_counter() - start))
     memory_mb = (torch.cuda.max_memory_allocated() - before) / 2**20 if on_gpu else "-"
-    return ms[8:], cache.nbytes() / 1e6, memory_mb  # the first 8 are a warm-up
+    return ms[WARM_UP:], cache.nbytes() / 1e6, memory_mb
 
 
 def filled(model, cache, n, batch=1):

@@ -63,8 +63,15 @@ class Cache:
         if (layer, name) in self.last:
             x = torch.cat([self.last[layer, name], x], dim)
         left = min(n, x.size(dim))
-        self.last[layer, name] = x.narrow(dim, x.size(dim) - left, left).clone()
+        self.keep((layer, name), x.narrow(dim, x.size(dim) - left, left))
         return x
+
+    def keep(self, key, x):
+        """Store x for the next call, in the same memory as the last time if it has the same shape: a CUDA graph knows no other."""
+        if key in self.last and self.last[key].shape == x.shape:
+            self.last[key].copy_(x)
+        else:
+            self.last[key] = x.clone()
 
 
 def grown(x, size):
@@ -221,7 +228,9 @@ class StreamCache(Cache):
                         f"cache 'stream' needs lambdas from 0 to 1; layer {layer} has {least:.4g} to {greatest:.4g}: use 'exact'"
                     )
             Hkv, D, fine = v.size(1), v.size(3), finest(v.device)
-            temperature = torch.as_tensor(temperature, dtype=fine, device=v.device).expand(H).contiguous()
+            if not torch.is_tensor(temperature):
+                temperature = v.new_full((), temperature, dtype=fine)
+            temperature = temperature.to(fine).expand(H).contiguous()
             cells = (self.CELLS / temperature).ceil()
             if (layer, "place") not in self.kept:
                 N = self.rows(cells, D) + RECENT

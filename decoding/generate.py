@@ -4,6 +4,7 @@ import torch
 import torch.nn as nn
 
 from decoding.cache import StreamCache, make_cache
+from decoding.graphs import GraphDecoder
 
 PIECE = 256  # tokens per forward pass, where memory must not grow with the text
 
@@ -53,6 +54,13 @@ def decode_one_token(model, token, cache):
     return prefill(model, token, cache)
 
 
+def decoder(model, cache):
+    """decode_one_token() as a function of the token alone: for a StreamCache on a GPU by CUDA graphs."""
+    if isinstance(cache, StreamCache) and model.head.weight.is_cuda:
+        return GraphDecoder(model, cache)
+    return lambda token: decode_one_token(model, token, cache)
+
+
 @torch.no_grad()
 def decode_n_tokens(model, prompts, seeds, max_new_tokens, temperature, top_k, top_p, cache="exact", stop=()):
     """Yield (row, token) for each new token of each prompt. prompts: lists of tokens, at least one in each. Row i draws with
@@ -72,6 +80,7 @@ def decode_n_tokens(model, prompts, seeds, max_new_tokens, temperature, top_k, t
         prompts = [prompt[-block_size:] for prompt in prompts]
     length = min(block_size, max(map(len, prompts)) + max_new_tokens)
     current = session or (None if cache == "none" else make_cache(cache, model.config, device, length))
+    decode = decoder(model, current)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     left = [max_new_tokens] * len(prompts)
     at = min(map(len, prompts))  # tokens of each row so far
@@ -97,7 +106,7 @@ def decode_n_tokens(model, prompts, seeds, max_new_tokens, temperature, top_k, t
             return
         token = token.to(device)
         if current is not None:
-            logits = decode_one_token(model, token, current)
+            logits = decode(token)
         else:
             context = torch.cat([context, token], 1)
             logits = prefill(model, context, None if at <= block_size else make_cache("plain", model.config, device, at))

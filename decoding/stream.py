@@ -58,14 +58,13 @@ def compress(place, weight, value, temperature, cells):
     rows = place.gather(-1, order), weight.gather(-1, order), value.gather(2, order[..., None].expand_as(value))
     cell = (rows[0] * cells).floor().minimum(cells - 1) + rows[1].isneginf()
     rows = joined(*rows, cell.diff() != 0)
-    if (cells > N).any():
-        gap = rows[0].to(temperature.dtype).diff()
-        missed = rows[1][..., :-1] + (gap / (gap + temperature)).log()  # the log of what a query there would miss of a row
-        missed = missed.masked_fill(rows[1][..., 1:].isneginf(), math.inf)
-        excess = (~rows[1].isneginf()).sum(-1, keepdim=True) - N
-        least = missed.argsort(dim=-1, stable=True).argsort(dim=-1) < excess
-        rows[1][..., :-1] -= torch.where(least, gap / temperature, 0).float()  # as the next row's place sees it
-        rows = joined(*rows, ~least)
+    gap = rows[0].to(temperature.dtype).diff()
+    missed = rows[1][..., :-1] + (gap / (gap + temperature)).log()  # the log of what a query there would miss of a row
+    missed = missed.masked_fill(rows[1][..., 1:].isneginf(), math.inf)
+    excess = (~rows[1].isneginf()).sum(-1, keepdim=True) - N
+    least = missed.argsort(dim=-1, stable=True).argsort(dim=-1) < excess
+    rows[1][..., :-1] -= torch.where(least, gap / temperature, 0).float()  # as the next row's place sees it
+    rows = joined(*rows, ~least)
     for x, new in zip((place, weight, value), rows):
         x.copy_(new)
 

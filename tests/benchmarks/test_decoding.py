@@ -63,7 +63,7 @@ def test_decoding_of_batches(small, tmp_path, monkeypatch, capsys):
         if n == 300 or "dot" not in kind
     ]
     size = {(row["batch"], row["context"], row["kind"]): row["cache_mb"] for row in rows}
-    for kind, of_one in (("dot, (K, V)", 2 * 4 * 32 * 340 / 1e6), ("tau, exact", 4 * (32 + 2) * 340 / 1e6)):
+    for kind, of_one in (("dot, (K, V)", 2 * 4 * 32 * 364 / 1e6), ("tau, exact", 4 * (32 + 2) * 364 / 1e6)):
         assert size[1, 300, kind] == pytest.approx(of_one) and size[3, 300, kind] == pytest.approx(3 * of_one)
     assert size[1, 300, "tau, stream"] == size[1, 1024, "tau, stream"]
     assert "dot, (K, V), batch 3, after 1,024 tokens: no memory left" in capsys.readouterr().err
