@@ -23,7 +23,7 @@ from training import checkpoint
 SCORED = 50000  # tokens
 KINDS = ("plain", "exact", "stream", "windows")
 LONG_CONTEXTS = (2**10, 2**12, 2**14, 2**16, 2**17)
-BEST_FORMS, BEST_CONTEXT = ("dot_30m_best.toml", "tau_30m_best.toml"), 2**12
+BEST_CONTEXT = 2**12
 WARM_UP = 2 * RECENT  # tokens of each cache on a GPU, in which a stream's CUDA graphs are made
 BATCHES, BATCH_CONTEXTS = (1, 16), (2**10, 2**14, 2**16, 2**17)  # on a GPU
 
@@ -41,8 +41,8 @@ def published_model(attention):
 
 def best_models():
     """The best forms of the twin and of tau, and tau's without its recall heads."""
-    dot, tau = BEST_FORMS
-    forms = {"dot best": (dot, {}), "tau best": (tau, {}), "tau best without recall heads": (tau, {"recall_heads": 0})}
+    tau = "tau_30m_best.toml"
+    forms = {"dot best": ("dot_30m_best.toml", {}), "tau best": (tau, {}), "tau best without recall heads": (tau, {"recall_heads": 0})}
     return {name: for_decoding(training.model_of(*form, 2 * BEST_CONTEXT).eval()) for name, form in forms.items()}
 
 
@@ -72,8 +72,8 @@ def bench_decode(args):
         "tau, exact": (models["tau"], ExactCache),
         "tau, stream": (models["tau"], streamed),
     }
-    dot, *taus = best_models().items()
-    best = {f"{dot[0]}, (K, V)": (dot[1], Cache)}
+    twin, *taus = best_models().items()
+    best = {f"{twin[0]}, (K, V)": (twin[1], Cache)}
     best |= {f"{name}, {cache}": (model, make) for name, model in taus for cache, make in (("exact", ExactCache), ("stream", streamed))}
 
     def measured(kinds, contexts, tokens, fill=filled):
