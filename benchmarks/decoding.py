@@ -128,7 +128,8 @@ def bench_decode(args):
 @torch.no_grad()
 def bench_decode_batches(args):
     """One token at a time of each sequence of a batch, after long contexts, from each kind of cache: wall-clock time with the launches, as
-    sample.py decodes. One cache is in memory at a time; what does not fit is left out. Weights are random."""
+    sample.py decodes once a stream's graphs are made. One cache is in memory at a time; what does not fit is left out. Weights are
+    random."""
     device, rows = torch.device(args.device), []
     models = {attention: published_model(attention).to(device) for attention in ("dot", "tau")}
     kinds = {"dot, (K, V)": ("dot", "exact"), "tau, exact": ("tau", "exact"), "tau, stream": ("tau", "stream")}
@@ -152,11 +153,14 @@ def decoding_of(model, name, batch, n, tokens):
     """(milliseconds of each of `tokens` tokens after n others, MB of the cache called `name`, MB that it and the step take on a GPU)"""
     device, ms = model.head.weight.device, []
     on_gpu = device.type == "cuda"
-    before = torch.cuda.memory_allocated() if on_gpu else 0
+    if on_gpu:
+        torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved() if on_gpu else 0  # a graph's memory counts as reserved, not as allocated
     cache = filled(model, make_cache(name, model.config, device, n + tokens + WARM_UP), n, batch)
     decode = decoder(model, cache)
     token = torch.zeros(batch, 1, dtype=torch.long, device=device)
     if on_gpu:
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     for _ in range(WARM_UP + tokens):
         if on_gpu:
@@ -166,7 +170,7 @@ def decoding_of(model, name, batch, n, tokens):
         if on_gpu:
             torch.cuda.synchronize()
         ms.append(1e3 * (time.perf_counter() - start))
-    memory_mb = (torch.cuda.max_memory_allocated() - before) / 2**20 if on_gpu else "-"
+    memory_mb = (torch.cuda.max_memory_reserved() - before) / 2**20 if on_gpu else "-"
     return ms[WARM_UP:], cache.nbytes() / 1e6, memory_mb
 
 

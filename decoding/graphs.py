@@ -1,4 +1,4 @@
-"""Decoding with a StreamCache on a GPU: the some hundred kernels of a token as one CUDA graph, which is launched at once."""
+"""Decoding with a StreamCache on a GPU: the hundreds of kernels of a token as one CUDA graph, which is launched at once."""
 
 import math
 
@@ -9,11 +9,18 @@ from decoding.cache import say_once
 from decoding.stream import RECENT
 
 
-def recorded(step):
-    """(a function that executes what step() does, on the same memory; what step() returns). step() itself is not executed."""
+def recorded(step, device, pool):
+    """(a function that executes what step() does, on the same memory; what step() returns). step() itself is not executed. pool: of the
+    memory for what is in between."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = step()
+    with torch.cuda.device(device):
+        before = torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.Stream()):
+                result = step()
+        except RuntimeError as error:
+            torch.cuda.set_stream(before)  # a recording that fails at its end leaves its own behind
+            raise (error.__context__ or error) from None
     return graph.replay, result
 
 
@@ -24,7 +31,7 @@ class GraphDecoder:
     def __init__(self, model, cache):
         self.model, self.cache = model, cache
         self.first = max(RECENT, model.config.local_window, model.config.conv)
-        self.graphs = {}  # of each place: a function, and the logits that it writes
+        self.graphs, self.pool = {}, None  # of each place: a function, and the logits that it writes
         self.token = self.rotary = None  # what it reads
 
     def step(self, token, rotary=None):
@@ -39,11 +46,12 @@ class GraphDecoder:
         rotary = self.model.rotary(length, length + 1)
         if self.token is None:
             self.token, self.rotary = token.clone(), [x.clone() for x in rotary]
+            self.pool = torch.cuda.graph_pool_handle() if token.is_cuda else None
         for x, new in zip((self.token, *self.rotary), (token, *rotary)):
             x.copy_(new)
         if length % RECENT not in self.graphs:
             try:
-                self.graphs[length % RECENT] = recorded(lambda: self.step(self.token, self.rotary))
+                self.graphs[length % RECENT] = recorded(lambda: self.step(self.token, self.rotary), token.device, self.pool)
             except RuntimeError as error:
                 say_once(f"stream cache: the kernels of a token are launched one by one, for no CUDA graph was made: {first_line(error)}")
                 self.first = math.inf

@@ -112,7 +112,10 @@ def build_model(tensors, header, path, laplacian=None, **changes):
         if "laplacian" in tensors and tensors["laplacian"].dtype != torch.float64:
             raise RuntimeError(f"its Laplacian is of {tensors['laplacian'].dtype}, not of torch.float64")
         model = Tauformer(config, tensors.get("laplacian") if laplacian is None else laplacian)
-        model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")})
+        weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
+        if lacking := sorted(model.state_dict().keys() - weights.keys()):
+            raise RuntimeError(f"it lacks {lacking[0]} (one of {len(lacking)}): perhaps an earlier version of the code wrote it")
+        model.load_state_dict(weights)
         if bad := next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None):
             raise UserError(f"{path} is damaged: its {bad} is not finite")
     except (TypeError, RuntimeError, MemoryError, OverflowError) as error:

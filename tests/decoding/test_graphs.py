@@ -1,13 +1,18 @@
 """Decoding by CUDA graphs against decoding as it comes. Without a GPU, a tape of torch's operations stands for a graph: like one, it
-executes the same operations on the same memory, whatever Python variables have come to be."""
+executes the same operations on the same memory, whatever Python variables have come to be. And on the device "meta", which holds no
+numbers, nothing may be asked of a tensor, or be made on another device."""
+
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from test_cache import FORMS, model_and_tokens
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import decoding.cache
+import model as model_module
 from decoding import graphs
 from decoding.cache import StreamCache
 from decoding.generate import decode_one_token, prefill
@@ -16,7 +21,7 @@ from decoding.stream import RECENT
 from ops import recurrence
 
 aten = torch.ops.aten
-FORBIDDEN = {aten._local_scalar_dense.default, aten.lift_fresh.default, aten.nonzero.default}  # a GPU would have to wait for its CPU
+FORBIDDEN = {aten._local_scalar_dense.default, aten.lift_fresh.default}  # a GPU would have to wait for its CPU
 
 
 class Tape(TorchDispatchMode):
@@ -42,7 +47,16 @@ class Tape(TorchDispatchMode):
                     place.copy_(x)
 
 
-def recorded(step):
+class OnlyMeta(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves((args, kwargs, result)):
+            device = x if isinstance(x, torch.device) else x.device if torch.is_tensor(x) else None
+            assert device is None or device.type == "meta", (function, device)
+        return result
+
+
+def recorded(step, *_):
     with Tape() as tape:
         result = step()
     return tape.execute, result
@@ -80,9 +94,26 @@ def test_a_graph_does_what_a_token_does(form, first, device, monkeypatch, tmp_pa
         torch.testing.assert_close(*(decode_one_token(model, token, cache) for cache in (again, one_by_one)))
 
 
+@pytest.mark.parametrize("form", [*FORMS, RECALL, RECALL | dict(conv=4, key_bias=True, spectral_filter=True)], ids=str)
+def test_a_token_asks_nothing_of_a_gpu_and_copies_nothing_to_it(form, monkeypatch):
+    monkeypatch.setattr(model_module, "without_autocast", lambda x: nullcontext())  # meta has none
+    monkeypatch.setattr(StreamCache, "rows", lambda *_: 40)  # once, a tensor is asked
+    model, idx = model_and_tokens(150, **form)
+    model, token = model.to("meta"), idx[:1, :1].to("meta")
+    cache, rotary = StreamCache(model.config, "meta"), model.rotary(0, 1)
+    decode = GraphDecoder(model, cache)
+    with torch.no_grad():
+        for _ in range(40):
+            decode.step(token, rotary)
+        state = {key: id(x) for key, x in (cache.kept | cache.last).items()}
+        with OnlyMeta():
+            for _ in range(RECENT):
+                decode.step(token, rotary)
+    assert state == {key: id(x) for key, x in (cache.kept | cache.last).items()}
+
+
 def test_where_no_graph_is_made_tokens_go_as_they_come(monkeypatch, capsys):
-    def refused(step):
-        step()
+    def refused(step, *_):
         raise RuntimeError("CUDA error: not permitted\nwhen capturing")
 
     decoding.cache.say_once.cache_clear()
@@ -91,9 +122,7 @@ def test_where_no_graph_is_made_tokens_go_as_they_come(monkeypatch, capsys):
     cache, other = StreamCache(model.config), StreamCache(model.config)
     decode = GraphDecoder(model, cache)
     with torch.no_grad():
-        for t in range(RECENT):
+        for t in range(RECENT + 2):
             assert torch.equal(decode(idx[:, t, None]), decode_one_token(model, idx[:, t, None], other))
-        decode(idx[:, RECENT, None])
-        decode(idx[:, RECENT + 1, None])
     assert cache.length == RECENT + 2 and not decode.graphs
     assert capsys.readouterr().err.count("no CUDA graph was made: CUDA error: not permitted\n") == 1

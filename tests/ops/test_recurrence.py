@@ -26,7 +26,7 @@ def test_is_its_definition(impl, T, monkeypatch):
 
 
 def test_one_token_after_the_other_gives_the_same_bits():
-    """Compiled, as one after the other in torch: a vector of a recall head is the same to the last bit however the text is cut."""
+    """Compiled, as one after the other in torch: from equal terms, running means are equal to the last bit however the text is cut."""
     torch.manual_seed(0)
     a, b = torch.rand(2, 50, 3, 1), torch.randn(2, 50, 3, 33)
     expected = [b[:, :1]]

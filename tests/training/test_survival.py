@@ -128,11 +128,14 @@ def test_damaged_checkpoints_are_refused(tmp_path, work):
         assert checkpoint.to_resume(tmp_path)[0] == tmp_path / older.name
 
 
-def test_a_laplacian_of_another_type_is_refused(work):
+def test_a_checkpoint_of_another_model_is_refused(work):
     tensors, header = checkpoint.read(work / "out" / "small" / "best.safetensors")
     for wrong in (torch.bfloat16, torch.float32, torch.int64, torch.complex64):
         with pytest.raises(checkpoint.UserError, match="not of torch.float64"):
             checkpoint.build_model(tensors | {"laplacian": tensors["laplacian"].to(wrong)}, header, "f")
+    del tensors["model.head.weight"]
+    with pytest.raises(checkpoint.UserError, match="it lacks head.weight .one of 1.: perhaps an earlier version of the code wrote it"):
+        checkpoint.build_model(tensors, header, "f")
 
 
 def test_the_one_before_a_damaged_checkpoint_is_resumed(here, work):
