@@ -15,7 +15,7 @@ from common import UserError, first_line, replacing
 from data.corpus import Corpus
 from data.laplacian import laplacian_of
 from decoding.cache import Cache, ExactCache, StreamCache, make_cache
-from decoding.generate import PIECE, decoder, for_decoding
+from decoding.generate import PIECE, decoder, for_decoding, prefill
 from decoding.stream import RECENT
 from model import ModelConfig, Tauformer
 from training import checkpoint
@@ -191,8 +191,7 @@ def filled(model, cache, n, batch=1):
 
 def after_tokens(model, cache, n):
     """The cache after n random tokens."""
-    for idx in torch.randint(model.config.vocab_size, (1, n)).split(PIECE if isinstance(cache, StreamCache) else n, 1):
-        model(idx, cache=cache, head=False)
+    prefill(model, torch.randint(model.config.vocab_size, (1, n)), cache)
     return cache
 
 

@@ -64,9 +64,10 @@ def recorded(step, *_):
 
 RECALL = dict(temperature=0.1, learn_temperature=True, forget="gate", n_kv_head=4, tau_rope=False)
 RECALL |= dict(local_heads=1, local_window=20, recall_heads=2)
+EACH_FORM = pytest.mark.parametrize("form", [*FORMS, RECALL, RECALL | dict(conv=4, key_bias=True, spectral_filter=True)], ids=str)
 
 
-@pytest.mark.parametrize("form", [*FORMS, RECALL, RECALL | dict(conv=4, key_bias=True, spectral_filter=True)], ids=str)
+@EACH_FORM
 @pytest.mark.parametrize("first", [1, 70])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def test_a_graph_does_what_a_token_does(form, first, device, monkeypatch, tmp_path):
@@ -94,7 +95,7 @@ def test_a_graph_does_what_a_token_does(form, first, device, monkeypatch, tmp_pa
         torch.testing.assert_close(*(decode_one_token(model, token, cache) for cache in (again, one_by_one)))
 
 
-@pytest.mark.parametrize("form", [*FORMS, RECALL, RECALL | dict(conv=4, key_bias=True, spectral_filter=True)], ids=str)
+@EACH_FORM
 def test_a_token_asks_nothing_of_a_gpu_and_copies_nothing_to_it(form, monkeypatch):
     monkeypatch.setattr(model_module, "without_autocast", lambda x: nullcontext())  # meta has none
     monkeypatch.setattr(StreamCache, "rows", lambda *_: 40)  # once, a tensor is asked

@@ -124,7 +124,9 @@ def test_diagnostics(form):
     for layer, seen in enumerate(recorded):
         tau, E_q, E_k = taumode.tau_of(model)[layer], seen.E_q, seen.E_k
         lambda_q, lambda_k = E_q / (E_q + tau[0]), E_k / (E_k + tau[0])
-        if form:
+        torch.testing.assert_close(seen.lambda_k, lambda_k.transpose(1, 2))
+        if form:  # with recall heads, whose keys stand a token later
+            torch.testing.assert_close(seen.lambda_k[:, -1, 1:], lambda_q[:, :-1, -1])
             p = attention_weights(seen.lambda_q, seen.lambda_k, seen.temperature, seen.log_decay, seen.key_bias, seen.sink)
         else:
             p = attention_weights(lambda_q.transpose(1, 2), lambda_k.transpose(1, 2), 1.0)
